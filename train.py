@@ -1,0 +1,631 @@
+"""Train any of the five models of Noise2Music (Secs. 3.6 and 4.1) on a folder of captioned audio.
+
+    python train.py waveform_generator --tiny --overfit song.ogg --out runs     # the first thing to try
+    python train.py waveform_generator --tiny --data music --out runs
+    python train.py waveform_generator --data music --t5 t5-v1_1-xl --out runs  # the paper's, on an accelerator
+
+The data folder holds audio that libsndfile reads (wav, flac, ogg, mp3, ...; any rate, any channels, any length) and
+either `captions.jsonl`, a JSON object a line,
+
+    {"audio": "jazz/one.flac", "long": ["A slow piano ballad.", ...], "short": ["jazz", "piano", ...]}
+
+or, beside each `one.flac`, a `one.txt` with a long caption a line. Everything is written to OUT/MODEL: checkpoints (the
+last two are kept), `log.jsonl`, and samples with --sample-every. `sample.py --models OUT` reads them from there.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import signal
+import sys
+import time
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import soundfile
+
+import noise2music as n2m
+import t5_encoder
+from t5_encoder import check
+
+CLIP_SECONDS = 30  # Sec. 3.6: "six non-overlapping 30-second clips" from each soundtrack
+CLIPS_PER_TRACK = 6
+AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".rf64"}
+PREVIEW_STEPS = 64
+
+
+def fail(message, status=2):
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def warn(message):
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data set (Secs. 3.6 and 4.1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Track(NamedTuple):
+    path: Path
+    long: tuple[str, ...]  # captions that each stand alone
+    short: tuple[str, ...]  # tags that are joined
+
+
+class Clip(NamedTuple):
+    track: Track
+    start: float  # seconds into the track
+
+
+def strings(entry, key):
+    value = entry.get(key, [])
+    value = [value] if isinstance(value, str) else value
+    check(isinstance(value, list) and all(isinstance(v, str) for v in value), f'"{key}" is not a list of strings')
+    return tuple(v.strip() for v in value if v.strip())
+
+
+def parse_caption(folder: Path, line: str, needs_text: bool) -> Track:
+    entry = json.loads(line)
+    check(isinstance(entry, dict) and isinstance(entry.get("audio"), str), 'not an object with an "audio" path')
+    track = Track(folder / entry["audio"], strings(entry, "long"), strings(entry, "short"))
+    check(track.path.is_file(), f"{entry['audio']}: no such file")
+    check(track.long or track.short or not needs_text, f"{entry['audio']}: no caption")
+    return track
+
+
+def read_tracks(folder: Path, needs_text: bool) -> list[Track]:
+    """The captioned tracks of a data folder. What is wrong with an entry is reported, and the entry skipped."""
+    check(folder.is_dir(), f"{folder}: no such folder; --data takes a folder of audio with captions (see --help)")
+    manifest, tracks = folder / "captions.jsonl", []
+    if manifest.exists():
+        for number, line in enumerate(manifest.read_text("utf-8", "replace").splitlines(), 1):
+            try:
+                if line.strip():
+                    tracks.append(parse_caption(folder, line, needs_text))
+            except (ValueError, RecursionError) as error:
+                warn(f"{manifest}:{number}: {error}; line skipped")
+    else:
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO | {".txt"} and p.is_file())
+        texts = {p.with_suffix(""): p for p in files if p.suffix.lower() == ".txt"}
+        audio = {p.with_suffix(""): p for p in files if p.suffix.lower() != ".txt"}
+        for stem in sorted(texts.keys() - audio.keys()):
+            warn(f"{texts[stem]}: a caption without audio of the same name; skipped")
+        for stem, path in audio.items():
+            text = texts[stem].read_text("utf-8", "replace") if stem in texts else ""
+            long = tuple(line.strip() for line in text.splitlines() if line.strip())
+            if long or not needs_text:
+                tracks.append(Track(path, long, ()))
+            else:
+                warn(f"{path}: audio without a caption in {stem.name}.txt; skipped")
+    check(tracks, f"{folder}: no audio with a caption in it; write {manifest.name}, or a .txt beside each file")
+    return tracks
+
+
+def track_clips(track: Track) -> list[Clip]:
+    """Sec. 3.6: up to six non-overlapping 30 s clips. choice: spread evenly; a shorter track is one clip, padded."""
+    info = soundfile.info(track.path)
+    check(info.frames > 0, "has no audio in it")
+    duration = info.frames / info.samplerate
+    n = int(np.clip(duration // CLIP_SECONDS, 1, CLIPS_PER_TRACK))
+    return [Clip(track, k * duration / n) for k in range(n)]
+
+
+def find_clips(tracks: list[Track]) -> list[Clip]:
+    """The clips of all tracks, by their headers; files that cannot be opened are reported and skipped."""
+
+    def clips_or_error(track):
+        try:
+            return track_clips(track)
+        except (OSError, ValueError, RuntimeError) as error:
+            return error
+
+    clips, bad = [], 0
+    with ThreadPoolExecutor() as pool:
+        for track, found in zip(tracks, pool.map(clips_or_error, tracks)):
+            if isinstance(found, Exception):
+                warn(f"{track.path}: {reason(found, track.path)}; skipped")
+                bad += 1
+            else:
+                clips += found
+    check(clips, f"{tracks[0].path}: this and all other audio files are unusable ({bad} in all); nothing to train on")
+    return clips
+
+
+def reason(error, path):
+    """What an exception says, in one line and without the path again."""
+    text = str(error).replace(f"Error opening {str(path)!r}: ", "").replace(f"{path}: ", "")
+    return " ".join(text.split()).rstrip(".")
+
+
+@functools.lru_cache(maxsize=256)  # half a gigabyte: a small data set is decoded once
+def load_audio(path: Path, start: float, seconds: float, rate: int) -> np.ndarray:
+    """`seconds` of a file from `start`, mono at `rate` Hz, padded with silence: float32 (seconds * rate,).
+
+    ValueError or RuntimeError where the file does not hold what its header says, or numbers that are not finite.
+    """
+    with soundfile.SoundFile(path) as file:
+        file.seek(min(round(start * file.samplerate), file.frames))
+        wanted = min(round(seconds * file.samplerate), file.frames - file.tell())
+        audio = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)  # choice: mixed to mono
+        check(len(audio) >= max(1, wanted - file.samplerate // 10), "is cut off, or has no audio in it")
+        check(np.isfinite(audio).all(), "holds samples that are not numbers")
+        audio = np.pad(audio, (0, round(seconds * file.samplerate) - len(audio)))
+    return n2m.fft_resample(audio, round(seconds * rate), np)
+
+
+def text_batch(track: Track, token_length: int, count_tokens) -> list[str]:
+    """Sec. 4.1: the long prompts one by one; the short ones concatenated, then segmented to the token length.
+
+    choice: joined by ", ", and segmented between tags, so that none is cut in two.
+    """
+    segments = []
+    for tag in track.short:
+        joined = f"{segments[-1]}, {tag}" if segments else tag
+        if segments and count_tokens(joined) < token_length:  # one token is </s>
+            segments[-1] = joined
+        else:
+            segments.append(tag)
+    return [*track.long, *segments]
+
+
+class Example(NamedTuple):
+    audio: np.ndarray  # (samples,) at the model's audio_rate
+    text: str
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def make_example(clips, model: n2m.Model, seed: int, texts_of, bad: dict, index: int) -> Example:
+    """Example number `index` of a run, a pure function of the seed and the index, so that a run resumes exactly.
+
+    Each epoch visits every clip once. A file that turns out to be bad is reported once, noted in `bad`, and replaced.
+    """
+    rng = np.random.default_rng([seed, 1, index])
+    epoch, i = divmod(index, len(clips))
+    clip = clips[epoch_order(len(clips), seed, epoch)[i]]
+    for _ in range(100):
+        try:
+            check(clip.track.path not in bad, "bad")
+            audio = load_audio(clip.track.path, clip.start, CLIP_SECONDS, model.audio_rate)
+            break
+        except (OSError, ValueError, RuntimeError) as error:
+            if bad.setdefault(clip.track.path, error) is error and str(error) != "bad":
+                warn(f"{clip.track.path}: {reason(error, clip.track.path)}; skipped ({len(bad)} bad so far)")
+            clip = clips[rng.integers(len(clips))]
+    else:
+        raise ValueError(f"{clip.track.path}: this and {len(bad) - 1} other files cannot be decoded; nothing to train on")
+    # Sec. 4.1: whole clips for the generators, random snippets for the others.
+    samples = round(model.training.seconds * model.audio_rate)
+    start = rng.integers(max(len(audio) - samples, 0) + 1)
+    texts = texts_of(clip.track)
+    text = texts[rng.integers(len(texts))] if texts else ""  # "a random element of the corresponding text batch"
+    audio = audio[start : start + samples]
+    return Example(np.pad(audio, (0, samples - len(audio))), text)
+
+
+def memorised_example(clip: Clip, model: n2m.Model) -> Example:
+    """The beginning of a clip, with its caption: the one example of --overfit."""
+    try:
+        audio = load_audio(clip.track.path, clip.start, model.training.seconds, model.audio_rate)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{clip.track.path}: {reason(error, clip.track.path)}; choose another file") from None
+    return Example(audio, clip.track.long[0])
+
+
+def batches(make, batch_size: int, index: int, ahead: int = 4):
+    """Endless lists of examples from number `index` on, decoded by background threads `ahead` batches ahead."""
+    with ThreadPoolExecutor() as pool:
+        queue = deque()
+        try:
+            while True:
+                while len(queue) <= ahead:
+                    queue.append(pool.map(make, range(index, index + batch_size)))
+                    index += batch_size
+                yield list(queue.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def text_encoder(t5: t5_encoder.T5, token_length: int):
+    """texts -> embeddings (B, L, E) and mask (B, L). Each different text is encoded once."""
+    one = functools.lru_cache(maxsize=4096)(lambda text: t5_encoder.encode(t5, [text], token_length))
+
+    def encode(texts):
+        return tuple(np.concatenate(part) for part in zip(*map(one, texts)))
+
+    return encode
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step (Sec. 4.1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    params: dict
+    ema: dict
+    opt: optax.OptState
+    step: jax.Array
+
+
+def optimizer(c: n2m.TrainingConfig):
+    """Sec. 4.1: Adam; 10k warm-up steps to 1e-4, then a cosine that ends at 2.5 M steps. choice: at zero."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, c.warmup_steps, c.decay_steps)
+    return optax.adam(schedule, c.beta1, c.beta2)
+
+
+def init_state(model: n2m.Model, seed: int) -> State:
+    params = n2m.init_params(jax.random.key(seed), model.unet)
+    ema = jax.tree.map(jnp.copy, params)  # a copy, since `update` gives the state's memory away
+    return State(params, ema, optimizer(model.training).init(params), jnp.zeros((), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "dtype", "remat"))
+def gradients(params, model, key, audio, text, text_mask, dtype, remat):
+    """Gradients of the batch's mean loss, and what is logged of it: the loss of each clip and its t."""
+
+    def loss(params):
+        losses, t = n2m.diffusion_loss(params, model, key, audio, text, text_mask, dtype, remat)
+        return losses.mean(), (losses, t)
+
+    return jax.grad(loss, has_aux=True)(params)
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def update(state: State, model, grads):
+    c, n = model.training, state.step
+    updates, opt = optimizer(c).update(grads, state.opt)
+    params = optax.apply_updates(state.params, updates)
+    decay = jnp.minimum(c.ema, (1 + n) / (10 + n))  # departs: Sec. 4.1 has 0.9999 from the start; short runs need less
+    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+    return State(params, ema, opt, n + 1), optax.tree.norm(grads)
+
+
+def train_step(state: State, model: n2m.Model, seed: int, audio, text, text_mask, accumulate, dtype, remat):
+    """One step on a batch, in `accumulate` parts of equal size. Returns the state, losses (B,), t (B,), gradient norm."""
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    parts = [None if a is None else np.split(a, accumulate) for a in (audio, text, text_mask)]
+    total, logged = None, []
+    for k in range(accumulate):  # a Python loop: the gradient of a convolution is 50 times slower inside lax.scan on a CPU
+        part = [None if p is None else p[k] for p in parts]
+        grads, aux = gradients(state.params, model, jax.random.fold_in(key, k), *part, dtype, remat)
+        total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+        logged.append(aux)
+    grads = jax.tree.map(lambda g: g / accumulate, total) if accumulate > 1 else total
+    state, norm = update(state, model, grads)
+    losses, t = (jnp.concatenate(a) for a in zip(*logged))
+    return state, losses, t, norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: one safetensors file each
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flatten(tree):
+    """(names, leaves) of a tree: "params/down/0/resample/w", ..."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves], [leaf for _, leaf in leaves]
+
+
+def model_from_json(text: str) -> n2m.Model:
+    tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
+    d = json.loads(text)
+    parts = {"unet": n2m.UNetConfig, "training": n2m.TrainingConfig, "inference": n2m.InferenceConfig}
+    return n2m.Model(**{k: parts[k](**tuples(v)) if k in parts else v for k, v in d.items()})
+
+
+def save_checkpoint(folder: Path, state: State, model: n2m.Model, metadata: dict) -> Path:
+    """Everything a run is: parameters, EMA, optimiser, step; configuration, seed and data position as metadata."""
+    path = folder / f"checkpoint-{int(state.step):08d}.safetensors"
+    metadata = {"model": json.dumps(dataclasses.asdict(model)), **{k: json.dumps(v) for k, v in metadata.items()}}
+    t5_encoder.write_safetensors(path, dict(zip(*flatten(state))), metadata)
+    for old in checkpoints(folder)[:-2]:
+        old.unlink()
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*.safetensors"))
+
+
+def load_checkpoint(path: Path, name: str, keep=lambda name: True):
+    """(model, {name: array}, metadata) of a checkpoint of the model called `name`. ValueError in one line if it is not."""
+    tensors, metadata = t5_encoder.read_safetensors(path, keep)
+    try:
+        model = model_from_json(metadata.pop("model"))
+        metadata = {k: json.loads(v) for k, v in metadata.items()}
+        metadata["seed"], metadata["index"], metadata["t5"]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{path}: not a checkpoint of this project; move it away") from None
+    check(model.name == name, f"{path}: a checkpoint of {model.name}, not of {name}; move it to its own folder")
+    return model, tensors, metadata
+
+
+def restore(tree, tensors: dict, prefix: str, path: Path):
+    """The tensors named `prefix`/... in the structure of `tree` (arrays or their shapes)."""
+    names, leaves = flatten(tree)
+    for name, leaf in zip(names, leaves):
+        array = tensors.get(prefix + name)
+        check(array is not None and array.shape == leaf.shape,
+              f"{path}: lacks {prefix + name} of shape {leaf.shape}; it is of another version or model")
+    return jax.tree.unflatten(jax.tree.structure(tree), [jnp.asarray(tensors[prefix + name]) for name in names])
+
+
+def load_model(folder: Path, name: str, raw: bool = False):
+    """(model, params, metadata) to sample from: the EMA (Sec. 4.1), or with `raw` the unaveraged parameters."""
+    found = checkpoints(folder / name)
+    check(found, f"{folder / name}: no trained {name} here; train one:  python train.py {name} --data DIR --out {folder}")
+    prefix = "params/" if raw else "ema/"
+    model, tensors, metadata = load_checkpoint(found[-1], name, lambda n: n.startswith(prefix))
+    shapes = jax.eval_shape(lambda key: n2m.init_params(key, model.unet), jax.random.key(0))
+    return model, restore(shapes, tensors, prefix, found[-1]), metadata
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# T5 (Sec. 3.4)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prepare_t5(folder: str | None, out: Path, captions, seed: int) -> tuple[t5_encoder.T5, str | None]:
+    """The text encoder of a run, and its folder where it is not OUT/t5: --t5, or OUT/t5, or a new random one there."""
+    if folder:
+        return t5_encoder.load_t5(folder), str(Path(folder).resolve())
+    if not (out / "t5").exists():
+        warn(f"no --t5: made a small random T5 encoder in {out / 't5'}; it tells prompts apart, but knows no English")
+        t5_encoder.save_t5(out / "t5", t5_encoder.random_t5(captions, seed))
+    return t5_encoder.load_t5(out / "t5"), None
+
+
+def t5_fingerprint(t5: t5_encoder.T5) -> str:
+    """Tells one text encoder from another: the CRC-32 of its vocabulary and of its smaller tensors."""
+    small = [np.asarray(a) for a in jax.tree.leaves(t5.params) if a.size < 2**22]
+    return f"{functools.reduce(lambda crc, a: zlib.crc32(a, crc), small, zlib.crc32(t5.tokenizer.serialized_model_proto())):08x}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_wav(path: Path, audio: np.ndarray, rate: int):
+    """A 16-bit wav, whole or not at all. audio (T,), clipped to [-1, 1]."""
+    part = path.with_name(path.name + ".part")
+    try:
+        soundfile.write(part, np.clip(audio, -1, 1), rate, "PCM_16", format="WAV")
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def preview(params, model: n2m.Model, audio, text, text_mask, seed: int):
+    """One clip sampled in 64 steps, and its correlation with `audio` (samples,), which also is what it is conditioned on."""
+    seconds, truth = model.training.seconds, jnp.asarray(audio)[None]
+    truth_x = n2m.log_mel(truth) if n2m.writes_log_mel(model) else truth
+    low = n2m.fft_resample(truth, round(seconds * model.low_rate)) if model.low_rate else n2m.log_mel(truth) if model.unet.aligned_channels else None
+    condition = n2m.sampling_condition(model, low, seconds)._replace(text=text, text_mask=text_mask)
+    fewer = dataclasses.replace(model, inference=dataclasses.replace(model.inference, steps=PREVIEW_STEPS))
+    length = n2m.padded_length(model.unet, truth_x.shape[1])
+    x = n2m.sample(params, fewer, condition, jax.random.split(jax.random.key(seed), 1), length)[:, : truth_x.shape[1]]
+    correlation = float(jnp.corrcoef(x.ravel(), truth_x.ravel())[0, 1])
+    return (n2m.griffin_lim(x) if n2m.writes_log_mel(model) else x[:, :, 0])[0], correlation
+
+
+def by_quarter(losses, t) -> list:
+    """Mean loss for t in each quarter of [0, 1]: one number hides that the ends differ a hundredfold."""
+    quarter = np.minimum((4 * t).astype(int), 3)
+    return [float(losses[quarter == q].mean()) if (quarter == q).any() else None for q in range(4)]
+
+
+def check_finite(pending, folder: Path):
+    """Stops the run where a loss or a gradient is not finite; the checkpoints on disk are from before that step."""
+    for step, losses, _, norm in pending:
+        if not (np.isfinite(losses).all() and np.isfinite(norm)):
+            kept = [path.name for path in checkpoints(folder)[-1:]] or ["none"]
+            fail(f"step {step}: the loss or its gradient is not finite; stopped. Last good checkpoint in {folder}: "
+                 f"{kept[0]}. Go on from it with --resume and a lower --learning-rate", status=1)
+
+
+def report(pending, seconds, steps: int, log):
+    """Prints a progress line, and appends it to log.jsonl, on what `pending` holds: (step, losses, t, norm) a step."""
+    losses, t = (np.concatenate(a) for a in list(zip(*pending))[1:3])
+    step, rate = pending[-1][0], len(losses) / seconds
+    entry = dict(step=step, loss=float(losses.mean()), loss_by_quarter_of_t=by_quarter(losses, t),
+                 grad_norm=float(np.mean([norm for *_, norm in pending])), clips_per_second=rate)
+    log.write(json.dumps(entry) + "\n")
+    log.flush()
+    quarters = " ".join("-" if q is None else f"{q:.4f}" for q in entry["loss_by_quarter_of_t"])
+    eta = time.strftime("%H:%M:%S", time.gmtime((steps - step) * seconds / len(pending)))
+    print(f"step {step}/{steps}  loss {entry['loss']:.4f} by t [{quarters}]  grad {entry['grad_norm']:.3f}  "
+          f"{rate:.1f} clips/s  ETA {eta}", flush=True)
+
+
+def open_log(path: Path, step: int):
+    """log.jsonl for appending, without the lines after `step` that a killed run may have left."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")
+
+
+def train(args, model, state, metadata, make, encode, folder: Path):
+    """The loop: step, log, sample, save; until the last step, a signal, or a loss that is not finite."""
+    c, stop = model.training, []
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first one saves and stops, a second one stops at once
+        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    dtype = jnp.bfloat16 if args.bf16 else jnp.float32
+    first, pending, clock = make(0), [], time.monotonic()
+    step = int(state.step)
+    log = open_log(folder / "log.jsonl", step)
+    print(f"training to step {c.steps}; the first step compiles", flush=True)
+    for examples in batches(make, c.batch_size, metadata["index"]):
+        audio = np.stack([e.audio for e in examples])
+        text, text_mask = encode([e.text for e in examples]) if encode else (None, None)
+        state, *logged = train_step(state, model, metadata["seed"], audio, text, text_mask, args.accumulate, dtype, args.remat)
+        step, metadata["index"] = step + 1, metadata["index"] + c.batch_size
+        pending.append((step, *logged))
+        last = step == c.steps or bool(stop)
+        sampling = args.sample_every and step % args.sample_every == 0 or args.overfit and step == c.steps
+        saving = step % args.save_every == 0 or last
+        if step % args.log_every == 0 or sampling or saving:
+            pending = [(n, *map(np.asarray, values)) for n, *values in pending]
+            check_finite(pending, folder)
+            report(pending, time.monotonic() - clock, c.steps, log)
+            pending = []
+        if saving:
+            path = save_checkpoint(folder, state, model, metadata)
+        if sampling:
+            text, text_mask = encode([first.text]) if encode else (None, None)
+            sampled, correlation = preview(state.ema, model, first.audio, text, text_mask, step)
+            wav = folder / f"sample-{step:08d}.wav"
+            write_wav(wav, np.asarray(sampled), n2m.MEL_RATE if n2m.writes_log_mel(model) else model.rate)
+            print(f"{wav}: correlation with the {'memorised clip' if args.overfit else 'first clip'} {correlation:.3f}")
+        if not pending:
+            clock = time.monotonic()
+        if last:
+            break
+    if stop and step < c.steps:
+        fail(f"stopped at step {step}, saved as {path}; --resume goes on from there", status=128 + stop[0])
+    print(f"done: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+OVERRIDES = {  # fields of TrainingConfig that have an option each
+    "steps": "training steps", "batch_size": "clips a step", "seconds": "length of the audio a step sees of a clip",
+    "learning_rate": "peak of Adam's learning rate", "warmup_steps": "linear warm-up", "decay_steps": "end of the cosine",
+    "beta1": "of Adam", "beta2": "of Adam", "ema": "decay of the averaged parameters",
+    "occlusion": "share of prompts hidden, for guidance", "t_max": "noise augmentation up to this time",
+    "noise_schedule": "one of " + ", ".join(n2m.SCHEDULES), "loss_weight": "one of " + ", ".join(n2m.LOSS_WEIGHTS),
+}  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; see --help")
+    parser.add_argument("model", choices=n2m.NAMES, metavar="MODEL", help="one of " + ", ".join(n2m.NAMES))
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, metavar="DIR", help="folder of audio and captions")
+    source.add_argument("--overfit", type=Path, metavar="FILE", help="memorise one clip: if this fails, nothing else will work")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUNS", help="folder of all runs; this one goes into RUNS/MODEL")
+    parser.add_argument("--tiny", action="store_true", help="a small variant of the model, for a CPU")
+    parser.add_argument("--t5", metavar="DIR", help="T5 encoder in Hugging Face's layout (default: RUNS/t5, made at random if absent)")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="split a batch into N parts to save memory")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; parameters stay float32")
+    parser.add_argument("--remat", action="store_true", help="recompute blocks in the backward pass to save memory")
+    parser.add_argument("--seed", type=int, help="of the parameters, the noise and the order of the data (default: 0)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, bit for bit")
+    parser.add_argument("--log-every", type=int, default=20, metavar="N", help="steps between progress lines (default: 20)")
+    parser.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
+    parser.add_argument("--sample-every", type=int, default=0, metavar="N", help="steps between sampled wavs (default: none)")
+    table = parser.add_argument_group("overrides of Table 2 and Sec. 4.1 (or of what --tiny makes of them)")
+    types = {f.name: f.type for f in dataclasses.fields(n2m.TrainingConfig)}
+    for name, text in OVERRIDES.items():
+        table.add_argument("--" + name.replace("_", "-"), type=types[name], help=text, metavar=types[name].__name__.upper())
+    args = parser.parse_args(argv)
+    for name in ("accumulate", "log_every", "save_every", "steps", "batch_size", "seconds", "decay_steps", "learning_rate"):
+        if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")
+    return args
+
+
+def configure(args, model: n2m.Model) -> n2m.Model:
+    """The model with the command line's overrides."""
+    changes = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
+    training = dataclasses.replace(model.training, **changes)
+    check(training.noise_schedule in n2m.SCHEDULES and training.loss_weight in n2m.LOSS_WEIGHTS,
+          f"--noise-schedule is one of {', '.join(n2m.SCHEDULES)}; --loss-weight one of {', '.join(n2m.LOSS_WEIGHTS)}")
+    check(training.batch_size % args.accumulate == 0,
+          f"--accumulate {args.accumulate} does not divide the batch size {training.batch_size}")
+    check(0 <= training.warmup_steps < training.decay_steps, "--warmup-steps must be below --decay-steps")
+    check(training.seconds <= CLIP_SECONDS, f"--seconds {training.seconds} is longer than a clip of {CLIP_SECONDS} s")
+    return dataclasses.replace(model, training=training)
+
+
+def prepare(args):
+    """Everything `train` needs: configuration, data, text encoder and state, new or resumed."""
+    folder, seed = args.out / args.model, args.seed or 0
+    found = checkpoints(folder)
+    check(bool(found) or not args.resume, f"{folder}: no checkpoint to resume from; leave --resume out to start")
+    check(args.resume or not found, f"{folder}: holds {len(found)} checkpoints; --resume goes on, another --out starts anew")
+    model = n2m.tiny(n2m.MODELS[args.model]) if args.tiny else n2m.MODELS[args.model]
+    metadata = {"seed": seed, "index": 0, "t5": None, "t5_fingerprint": None}
+    if found:
+        model, tensors, metadata = load_checkpoint(found[-1], args.model)
+        check(args.seed in (None, metadata["seed"]), f"{found[-1]}: of seed {metadata['seed']}; leave --seed out")
+    model = configure(args, model)
+
+    if args.overfit:
+        tracks = [Track(args.overfit, (args.overfit.stem,), ())]
+        check(args.overfit.is_file(), f"{args.overfit}: no such file; --overfit takes an audio file")
+    else:
+        tracks = read_tracks(args.data, n2m.uses_text(model))
+    clips = find_clips(tracks)
+    print(f"{len(tracks)} tracks, {len(clips)} clips of {CLIP_SECONDS} s; {jax.devices()[0].device_kind} x {len(jax.devices())}")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    encode, texts_of = None, lambda track: []
+    if n2m.uses_text(model):
+        captions = sorted({text for track in tracks for text in track.long + track.short})
+        t5, metadata["t5"] = prepare_t5(args.t5 or metadata["t5"], args.out, captions, metadata["seed"])
+        mark = metadata["t5_fingerprint"] or t5_fingerprint(t5)
+        check(mark == t5_fingerprint(t5), f"{args.t5 or args.out / 't5'}: not the T5 encoder that this run began with")
+        metadata["t5_fingerprint"] = mark
+        encode = text_encoder(t5, model.training.token_length)
+        count = functools.partial(t5_encoder.count_tokens, t5)
+        texts_of = functools.cache(lambda track: text_batch(track, model.training.token_length, count))
+        model = dataclasses.replace(model, unet=dataclasses.replace(model.unet, text_width=t5.config.d_model))
+
+    make = functools.partial(make_example, clips, model, metadata["seed"], texts_of, {})
+    if args.overfit:  # the beginning of the clip in the middle of the file, again and again
+        example = memorised_example(clips[len(clips) // 2], model)
+        make = lambda index: example
+
+    folder.mkdir(exist_ok=True)
+    if found:
+        shapes = jax.eval_shape(functools.partial(init_state, model, 0))
+        state = restore(shapes, tensors, "", found[-1])
+    else:
+        state = init_state(model, metadata["seed"])
+    n = n2m.param_count(model)
+    print(f"{model.name}: {n / 1e6:.1f} M parameters; {n * 16 / 2**30:.2f} GiB with their average and Adam's moments")
+    return model, state, metadata, make, encode, folder
+
+
+def use_compilation_cache():
+    """The second process compiles nothing that the first one did. JAX_COMPILATION_CACHE_DIR moves the cache."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "noise2music"))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    use_compilation_cache()
+    try:
+        train(args, *prepare(args))
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:  # python -X dev shows where
+            raise
+        fail(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

@@ -32,9 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tables
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The tables ----
 
 MEL_CHANNELS = 80  # Sec. 3.3.2: a log-mel frame has 80 channels ...
 HOP = 160  # ... and is 10 ms of 16 kHz audio; 160 is also the vocoder's compression rate
@@ -228,9 +226,7 @@ def tiny(model: Model) -> Model:
     return replace(model, unet=unet, training=training, inference=replace(model.inference, steps=64))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Forward process and noise schedules (Appendix A)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Forward process and noise schedules (Appendix A) ----
 # A schedule maps t in [0, 1] to logsnr_t. It is evaluated by jax in training, where t is drawn on the device, and by
 # numpy in float64 (`xp=np`) for the sampler, whose coefficients are all known before the first step.
 
@@ -272,9 +268,7 @@ def diffuse(x, eps, logsnr_t):
     return alpha_t * x + sigma_t * eps
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss (Sec. 3.1)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The loss (Sec. 3.1) ----
 
 LOSS_WEIGHTS = {  # Sec. 3.1, as functions of logsnr_t
     "simplified": lambda logsnr_t: jnp.ones_like(logsnr_t),  # w_t = 1
@@ -313,9 +307,7 @@ def diffusion_loss(params, model: Model, key, audio, text=None, text_mask=None, 
     return loss_weight * jnp.mean((eps_hat - eps) ** 2, axis=(1, 2)), t  # Eq. 1; choice: mean, not sum, over elements
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Classifier-free guidance and dynamic clipping (Sec. 3.1)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Classifier-free guidance and dynamic clipping (Sec. 3.1) ----
 
 
 def guided_eps(params, model: Model, x_t, t, condition: Condition, cfg_scale, dtype=jnp.float32):
@@ -341,9 +333,7 @@ def dynamic_clip(x0_hat, percentile=99.5):
     return jnp.clip(x0_hat, -s, s) / s
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ancestral sampling (Appendix A, Sec. 4.2.1)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Ancestral sampling (Appendix A, Sec. 4.2.1) ----
 
 
 def denoising_times(deltas, steps: int | None = None) -> np.ndarray:
@@ -437,42 +427,32 @@ def sample(params, model: Model, condition: Condition, keys, length: int, dtype=
     return x_t
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parameters: each declared once, as a shape and an initialiser
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Parameters: each declared once, as a shape and an initialiser ----
 
 
 class Param(NamedTuple):
     shape: tuple[int, ...]
-    init: Callable  # (key, shape) -> array
+    init: Callable  # of standard normal noise of that shape
 
 
-def _fan_in(key, shape):  # choice: normal of variance 1 / fan-in
-    return jax.random.normal(key, shape) / math.sqrt(math.prod(shape[:-1]))
+def _fan_in(noise):  # choice: normal of variance 1 / fan-in
+    return noise / math.sqrt(math.prod(noise.shape[:-1]))
 
 
-def _identity(key, shape):
-    return jnp.eye(*shape)
-
-
-def _zeros(key, shape):
-    return jnp.zeros(shape)
-
-
-def _ones(key, shape):
-    return jnp.ones(shape)
+def _identity(noise):
+    return jnp.eye(*noise.shape)
 
 
 def linear_spec(c_in, c_out, init=_fan_in):
-    return {"w": Param((c_in, c_out), init), "b": Param((c_out,), _zeros)}
+    return {"w": Param((c_in, c_out), init), "b": Param((c_out,), jnp.zeros_like)}
 
 
 def conv_spec(taps, c_in, c_out, init=_fan_in):
-    return {"w": Param((taps, c_in, c_out), init), "b": Param((c_out,), _zeros)}
+    return {"w": Param((taps, c_in, c_out), init), "b": Param((c_out,), jnp.zeros_like)}
 
 
 def norm_spec(c):
-    return {"scale": Param((c,), _ones), "bias": Param((c,), _zeros)}
+    return {"scale": Param((c,), jnp.ones_like), "bias": Param((c,), jnp.zeros_like)}
 
 
 def attention_spec(cfg: UNetConfig, c, c_kv):
@@ -482,11 +462,11 @@ def attention_spec(cfg: UNetConfig, c, c_kv):
         "q": linear_spec(c, hk),
         "k": linear_spec(c_kv, hk),
         "v": linear_spec(c_kv, hk),
-        "out": linear_spec(hk, c, _zeros),
+        "out": linear_spec(hk, c, jnp.zeros_like),
         "feed_forward": {  # App. B.1: "a hidden layer of twice the dimension of C_I"
             "norm": norm_spec(c),
             "hidden": linear_spec(c, 2 * c),
-            "out": linear_spec(2 * c, c, _zeros),
+            "out": linear_spec(2 * c, c, jnp.zeros_like),
         },
     }
 
@@ -495,11 +475,11 @@ def block_spec(cfg: UNetConfig, c, self_attention: bool, cross_attention: bool):
     """Fig. 5, top to bottom. choice: branches end in zeros and the skip starts as the identity, so a new block is x -> x."""
     k = cfg.kernel_size
     spec = {
-        "combine": linear_spec(cfg.base_dimension, 2 * c, _zeros),
+        "combine": linear_spec(cfg.base_dimension, 2 * c, jnp.zeros_like),
         "norm1": norm_spec(c),
         "conv1": conv_spec(k, c, c),
         "norm2": norm_spec(c),
-        "conv2": conv_spec(k, c, c, _zeros),
+        "conv2": conv_spec(k, c, c, jnp.zeros_like),
         "skip": linear_spec(c, c, _identity),
     }
     if self_attention:
@@ -526,7 +506,7 @@ def unet_spec(cfg: UNetConfig):
             {"resample": conv_spec(2, c, s * c_outer), "blocks": [block_spec(cfg, c_outer, sa, ca) for _ in range(n)]}
             for s, n, sa, ca, c_outer, c in depths
         ],
-        "exit": conv_spec(3, cfg.base_dimension, cfg.out_channels, _zeros),
+        "exit": conv_spec(3, cfg.base_dimension, cfg.out_channels, jnp.zeros_like),
     }
     if cfg.aligned_channels:
         spec["aligned"] = linear_spec(cfg.aligned_channels, widths[-1])
@@ -537,11 +517,13 @@ def _is_param(node):
     return isinstance(node, Param)
 
 
+@partial(jax.jit, static_argnames="cfg")
 def init_params(key, cfg: UNetConfig):
     """Fresh parameters, nested dicts of float32 arrays shaped as `unet_spec(cfg)`."""
     leaves, tree = jax.tree.flatten(unet_spec(cfg), is_leaf=_is_param)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(tree, [p.init(k, p.shape) for p, k in zip(leaves, keys)])
+    ends = np.cumsum([math.prod(p.shape) for p in leaves])
+    noise = jnp.split(jax.random.normal(key, ends[-1:]), ends[:-1])  # one draw for all: it compiles in a moment
+    return jax.tree.unflatten(tree, [p.init(z.reshape(p.shape)) for p, z in zip(leaves, noise)])
 
 
 def param_count(model: Model | str) -> int:
@@ -550,9 +532,7 @@ def param_count(model: Model | str) -> int:
     return sum(math.prod(p.shape) for p in jax.tree.leaves(unet_spec(cfg), is_leaf=_is_param))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The block (Fig. 5)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The block (Fig. 5) ----
 
 
 def linear_layer(p, x):
@@ -621,9 +601,7 @@ def block(p, cfg: UNetConfig, x, time, text, text_mask, text_on):
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The 1D Efficient U-Net (Fig. 1)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The 1D Efficient U-Net (Fig. 1) ----
 
 
 def downsample(p, x, stride):
@@ -687,9 +665,7 @@ def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on, dtype=j
     return conv1d(params["exit"], h).astype(jnp.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Inputs of the cascade: resampling and log-mel (Sec. 3.3)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Inputs of the cascade: resampling and log-mel (Sec. 3.3) ----
 
 
 def fft_resample(x, length: int, xp=jnp):
@@ -767,9 +743,7 @@ def griffin_lim(log_mel_frames, iterations: int = 32):
     return inverse(magnitude * phase)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training inputs and their augmentation (Sec. 4.1)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training inputs and their augmentation (Sec. 4.1) ----
 
 
 def noise_augment(key, x, t_max, schedule):
@@ -837,9 +811,7 @@ def training_inputs(model: Model, key, audio):
     return pad_to(x, T, -1 if writes_log_mel(model) else 0), low_fi, aligned
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Both routes, from prompts to audio (Secs. 3.3 and 4.2.1)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Both routes, from prompts to audio (Secs. 3.3 and 4.2.1) ----
 
 
 def sampling_condition(model: Model, previous, seconds: float) -> Condition:

@@ -43,18 +43,16 @@ AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au
 PREVIEW_STEPS = 64
 
 
-def fail(message, status=2):
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
 def warn(message):
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The data set (Secs. 3.6 and 4.1)
-# ---------------------------------------------------------------------------------------------------------------------
+def fail(message, status=2):
+    warn(message)
+    raise SystemExit(status)
+
+
+# ---- The data set (Secs. 3.6 and 4.1) ----
 
 
 class Track(NamedTuple):
@@ -63,9 +61,15 @@ class Track(NamedTuple):
     short: tuple[str, ...]  # tags that are joined
 
 
+class Example(NamedTuple):
+    audio: np.ndarray  # (samples,) at the model's audio_rate
+    text: str
+
+
 class Clip(NamedTuple):
     track: Track
     start: float  # seconds into the track
+    seconds: float  # 30, or less where the track is shorter
 
 
 def strings(entry, key):
@@ -113,12 +117,12 @@ def read_tracks(folder: Path, needs_text: bool) -> list[Track]:
 
 
 def track_clips(track: Track) -> list[Clip]:
-    """Sec. 3.6: up to six non-overlapping 30 s clips. choice: spread evenly; a shorter track is one clip, padded."""
+    """Sec. 3.6: up to six non-overlapping 30 s clips. choice: spread evenly; a shorter track is one clip."""
     info = soundfile.info(track.path)
     check(info.frames > 0, "has no audio in it")
     duration = info.frames / info.samplerate
     n = int(np.clip(duration // CLIP_SECONDS, 1, CLIPS_PER_TRACK))
-    return [Clip(track, k * duration / n) for k in range(n)]
+    return [Clip(track, k * duration / n, min(duration, CLIP_SECONDS)) for k in range(n)]
 
 
 def find_clips(tracks: list[Track]) -> list[Clip]:
@@ -179,11 +183,6 @@ def text_batch(track: Track, token_length: int, count_tokens) -> list[str]:
     return [*track.long, *segments]
 
 
-class Example(NamedTuple):
-    audio: np.ndarray  # (samples,) at the model's audio_rate
-    text: str
-
-
 @functools.lru_cache(maxsize=2)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
@@ -196,34 +195,36 @@ def make_example(clips, model: n2m.Model, seed: int, texts_of, bad: dict, index:
     """
     rng = np.random.default_rng([seed, 1, index])
     epoch, i = divmod(index, len(clips))
-    clip = clips[epoch_order(len(clips), seed, epoch)[i]]
+    clip, audio = clips[epoch_order(len(clips), seed, epoch)[i]], None
     for _ in range(100):
         try:
-            check(clip.track.path not in bad, "bad")
-            audio = load_audio(clip.track.path, clip.start, CLIP_SECONDS, model.audio_rate)
-            break
+            if clip.track.path not in bad:
+                audio = load_audio(clip.track.path, clip.start, clip.seconds, model.audio_rate)
+                break
         except (OSError, ValueError, RuntimeError) as error:
-            if bad.setdefault(clip.track.path, error) is error and str(error) != "bad":
+            if bad.setdefault(clip.track.path, error) is error:
                 warn(f"{clip.track.path}: {reason(error, clip.track.path)}; skipped ({len(bad)} bad so far)")
-            clip = clips[rng.integers(len(clips))]
-    else:
-        raise ValueError(f"{clip.track.path}: this and {len(bad) - 1} other files cannot be decoded; nothing to train on")
-    # Sec. 4.1: whole clips for the generators, random snippets for the others.
+        clip = clips[rng.integers(len(clips))]
+    check(audio is not None, f"{clip.track.path}: of {len(bad)} files none can be decoded; nothing to train on")
+    # Sec. 4.1: whole clips for the generators, random snippets for the others; silence where a file is shorter.
     samples = round(model.training.seconds * model.audio_rate)
     start = rng.integers(max(len(audio) - samples, 0) + 1)
+    audio = audio[start : start + samples]
     texts = texts_of(clip.track)
     text = texts[rng.integers(len(texts))] if texts else ""  # "a random element of the corresponding text batch"
-    audio = audio[start : start + samples]
     return Example(np.pad(audio, (0, samples - len(audio))), text)
 
 
-def memorised_example(clip: Clip, model: n2m.Model) -> Example:
-    """The beginning of a clip, with its caption: the one example of --overfit."""
+def memorised_example(track: Track, model: n2m.Model) -> Example:
+    """The beginning of the clip in the middle of a track: the one example of --overfit."""
+    check(track.path.is_file(), f"{track.path}: no such file; --overfit takes an audio file")
     try:
-        audio = load_audio(clip.track.path, clip.start, model.training.seconds, model.audio_rate)
+        clips = track_clips(track)
+        start = clips[len(clips) // 2].start
+        audio = load_audio(track.path, start, model.training.seconds, model.audio_rate)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{clip.track.path}: {reason(error, clip.track.path)}; choose another file") from None
-    return Example(audio, clip.track.long[0])
+        raise ValueError(f"{track.path}: {reason(error, track.path)}; choose another file") from None
+    return Example(audio, track.long[0])
 
 
 def batches(make, batch_size: int, index: int, ahead: int = 4):
@@ -250,9 +251,7 @@ def text_encoder(t5: t5_encoder.T5, token_length: int):
     return encode
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The step (Sec. 4.1)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The step (Sec. 4.1) ----
 
 
 class State(NamedTuple):
@@ -311,9 +310,7 @@ def train_step(state: State, model: n2m.Model, seed: int, audio, text, text_mask
     return state, losses, t, norm
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: one safetensors file each
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints: one safetensors file each ----
 
 
 def flatten(tree):
@@ -376,9 +373,7 @@ def load_model(folder: Path, name: str, raw: bool = False):
     return model, restore(shapes, tensors, prefix, found[-1]), metadata
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# T5 (Sec. 3.4)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- T5 (Sec. 3.4) ----
 
 
 def prepare_t5(folder: str | None, out: Path, captions, seed: int) -> tuple[t5_encoder.T5, str | None]:
@@ -387,7 +382,9 @@ def prepare_t5(folder: str | None, out: Path, captions, seed: int) -> tuple[t5_e
         return t5_encoder.load_t5(folder), str(Path(folder).resolve())
     if not (out / "t5").exists():
         warn(f"no --t5: made a small random T5 encoder in {out / 't5'}; it tells prompts apart, but knows no English")
-        t5_encoder.save_t5(out / "t5", t5_encoder.random_t5(captions, seed))
+        out.mkdir(parents=True, exist_ok=True)
+        t5_encoder.save_t5(out / "t5.part", t5_encoder.random_t5(captions, seed))
+        (out / "t5.part").rename(out / "t5")
     return t5_encoder.load_t5(out / "t5"), None
 
 
@@ -397,9 +394,7 @@ def t5_fingerprint(t5: t5_encoder.T5) -> str:
     return f"{functools.reduce(lambda crc, a: zlib.crc32(a, crc), small, zlib.crc32(t5.tokenizer.serialized_model_proto())):08x}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The run ----
 
 
 def write_wav(path: Path, audio: np.ndarray, rate: int):
@@ -417,19 +412,13 @@ def preview(params, model: n2m.Model, audio, text, text_mask, seed: int):
     """One clip sampled in 64 steps, and its correlation with `audio` (samples,), which also is what it is conditioned on."""
     seconds, truth = model.training.seconds, jnp.asarray(audio)[None]
     truth_x = n2m.log_mel(truth) if n2m.writes_log_mel(model) else truth
-    low = n2m.fft_resample(truth, round(seconds * model.low_rate)) if model.low_rate else n2m.log_mel(truth) if model.unet.aligned_channels else None
+    low = n2m.fft_resample(truth, round(seconds * model.low_rate)) if model.low_rate else n2m.log_mel(truth)
     condition = n2m.sampling_condition(model, low, seconds)._replace(text=text, text_mask=text_mask)
     fewer = dataclasses.replace(model, inference=dataclasses.replace(model.inference, steps=PREVIEW_STEPS))
     length = n2m.padded_length(model.unet, truth_x.shape[1])
     x = n2m.sample(params, fewer, condition, jax.random.split(jax.random.key(seed), 1), length)[:, : truth_x.shape[1]]
     correlation = float(jnp.corrcoef(x.ravel(), truth_x.ravel())[0, 1])
     return (n2m.griffin_lim(x) if n2m.writes_log_mel(model) else x[:, :, 0])[0], correlation
-
-
-def by_quarter(losses, t) -> list:
-    """Mean loss for t in each quarter of [0, 1]: one number hides that the ends differ a hundredfold."""
-    quarter = np.minimum((4 * t).astype(int), 3)
-    return [float(losses[quarter == q].mean()) if (quarter == q).any() else None for q in range(4)]
 
 
 def check_finite(pending, folder: Path):
@@ -443,13 +432,17 @@ def check_finite(pending, folder: Path):
 
 def report(pending, seconds, steps: int, log):
     """Prints a progress line, and appends it to log.jsonl, on what `pending` holds: (step, losses, t, norm) a step."""
-    losses, t = (np.concatenate(a) for a in list(zip(*pending))[1:3])
-    step, rate = pending[-1][0], len(losses) / seconds
-    entry = dict(step=step, loss=float(losses.mean()), loss_by_quarter_of_t=by_quarter(losses, t),
-                 grad_norm=float(np.mean([norm for *_, norm in pending])), clips_per_second=rate)
+    steps_done, losses, t, norms = zip(*pending)
+    losses, t = np.concatenate(losses), np.concatenate(t)
+    step, rate = steps_done[-1], len(losses) / seconds
+    # By quarter of t: one number hides that the ends differ a hundredfold.
+    quarters = [losses[(t >= q / 4) & (t < (q + 1) / 4)] for q in range(4)]
+    quarters = [float(q.mean()) if q.size else None for q in quarters]
+    entry = dict(step=step, loss=float(losses.mean()), loss_by_quarter_of_t=quarters,
+                 grad_norm=float(np.mean(norms)), clips_per_second=rate)
     log.write(json.dumps(entry) + "\n")
     log.flush()
-    quarters = " ".join("-" if q is None else f"{q:.4f}" for q in entry["loss_by_quarter_of_t"])
+    quarters = " ".join("-" if q is None else f"{q:.4f}" for q in quarters)
     eta = time.strftime("%H:%M:%S", time.gmtime((steps - step) * seconds / len(pending)))
     print(f"step {step}/{steps}  loss {entry['loss']:.4f} by t [{quarters}]  grad {entry['grad_norm']:.3f}  "
           f"{rate:.1f} clips/s  ETA {eta}", flush=True)
@@ -469,8 +462,7 @@ def train(args, model, state, metadata, make, encode, folder: Path):
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one saves and stops, a second one stops at once
         signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
     dtype = jnp.bfloat16 if args.bf16 else jnp.float32
-    first, pending, clock = make(0), [], time.monotonic()
-    step = int(state.step)
+    first, pending, clock, step = make(0), [], time.monotonic(), int(state.step)
     log = open_log(folder / "log.jsonl", step)
     print(f"training to step {c.steps}; the first step compiles", flush=True)
     for examples in batches(make, c.batch_size, metadata["index"]):
@@ -504,9 +496,7 @@ def train(args, model, state, metadata, make, encode, folder: Path):
     print(f"done: {path}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The command line ----
 
 OVERRIDES = {  # fields of TrainingConfig that have an option each
     "steps": "training steps", "batch_size": "clips a step", "seconds": "length of the audio a step sees of a clip",
@@ -540,6 +530,8 @@ def parse_args(argv=None):
     for name, text in OVERRIDES.items():
         table.add_argument("--" + name.replace("_", "-"), type=types[name], help=text, metavar=types[name].__name__.upper())
     args = parser.parse_args(argv)
+    if not 0 <= (args.seed or 0) < 2**63:
+        parser.error(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
     for name in ("accumulate", "log_every", "save_every", "steps", "batch_size", "seconds", "decay_steps", "learning_rate"):
         if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")
@@ -559,53 +551,62 @@ def configure(args, model: n2m.Model) -> n2m.Model:
     return dataclasses.replace(model, training=training)
 
 
-def prepare(args):
-    """Everything `train` needs: configuration, data, text encoder and state, new or resumed."""
-    folder, seed = args.out / args.model, args.seed or 0
+def begin(args, folder: Path):
+    """(model, tensors or None, metadata): a new run, or the last checkpoint of the one to resume."""
     found = checkpoints(folder)
     check(bool(found) or not args.resume, f"{folder}: no checkpoint to resume from; leave --resume out to start")
     check(args.resume or not found, f"{folder}: holds {len(found)} checkpoints; --resume goes on, another --out starts anew")
-    model = n2m.tiny(n2m.MODELS[args.model]) if args.tiny else n2m.MODELS[args.model]
-    metadata = {"seed": seed, "index": 0, "t5": None, "t5_fingerprint": None}
-    if found:
-        model, tensors, metadata = load_checkpoint(found[-1], args.model)
-        check(args.seed in (None, metadata["seed"]), f"{found[-1]}: of seed {metadata['seed']}; leave --seed out")
+    if not found:
+        model = n2m.tiny(n2m.MODELS[args.model]) if args.tiny else n2m.MODELS[args.model]
+        return configure(args, model), None, {"seed": args.seed or 0, "index": 0, "t5": None, "t5_fingerprint": None}
+    model, tensors, metadata = load_checkpoint(found[-1], args.model)
     model = configure(args, model)
+    check(args.seed in (None, metadata["seed"]), f"{found[-1]}: of seed {metadata['seed']}; leave --seed out")
+    check(tensors["step"] < model.training.steps, f"{found[-1]}: at its last step already; give more --steps")
+    return model, tensors, metadata
 
+
+def prepare_text(args, model: n2m.Model, metadata: dict, tracks):
+    """(model, encode, texts_of): the model as wide as its T5, that T5, and the prompts of a track (Sec. 4.1)."""
+    captions = sorted({text for track in tracks for text in track.long + track.short})
+    t5, metadata["t5"] = prepare_t5(args.t5 or metadata["t5"], args.out, captions, metadata["seed"])
+    mark = t5_fingerprint(t5)
+    check(metadata["t5_fingerprint"] in (None, mark), f"{args.t5 or args.out / 't5'}: not the T5 that this run began with")
+    metadata["t5_fingerprint"] = mark
+    model = dataclasses.replace(model, unet=dataclasses.replace(model.unet, text_width=t5.config.d_model))
+    length, count = model.training.token_length, functools.partial(t5_encoder.count_tokens, t5)
+    return model, text_encoder(t5, length), functools.cache(lambda track: text_batch(track, length, count))
+
+
+def prepare(args):
+    """Everything `train` needs: configuration, state, data and text encoder, new or resumed."""
+    folder = args.out / args.model
+    model, tensors, metadata = begin(args, folder)
     if args.overfit:
         tracks = [Track(args.overfit, (args.overfit.stem,), ())]
-        check(args.overfit.is_file(), f"{args.overfit}: no such file; --overfit takes an audio file")
+        example = memorised_example(tracks[0], model)
+        print(f"memorising {model.training.seconds:g} s of {args.overfit}")
     else:
         tracks = read_tracks(args.data, n2m.uses_text(model))
-    clips = find_clips(tracks)
-    print(f"{len(tracks)} tracks, {len(clips)} clips of {CLIP_SECONDS} s; {jax.devices()[0].device_kind} x {len(jax.devices())}")
-    args.out.mkdir(parents=True, exist_ok=True)
-
+        clips = find_clips(tracks)
+        print(f"{len(tracks)} tracks, {len(clips)} clips of up to {CLIP_SECONDS} s")
     encode, texts_of = None, lambda track: []
     if n2m.uses_text(model):
-        captions = sorted({text for track in tracks for text in track.long + track.short})
-        t5, metadata["t5"] = prepare_t5(args.t5 or metadata["t5"], args.out, captions, metadata["seed"])
-        mark = metadata["t5_fingerprint"] or t5_fingerprint(t5)
-        check(mark == t5_fingerprint(t5), f"{args.t5 or args.out / 't5'}: not the T5 encoder that this run began with")
-        metadata["t5_fingerprint"] = mark
-        encode = text_encoder(t5, model.training.token_length)
-        count = functools.partial(t5_encoder.count_tokens, t5)
-        texts_of = functools.cache(lambda track: text_batch(track, model.training.token_length, count))
-        model = dataclasses.replace(model, unet=dataclasses.replace(model.unet, text_width=t5.config.d_model))
-
-    make = functools.partial(make_example, clips, model, metadata["seed"], texts_of, {})
-    if args.overfit:  # the beginning of the clip in the middle of the file, again and again
-        example = memorised_example(clips[len(clips) // 2], model)
+        model, encode, texts_of = prepare_text(args, model, metadata, tracks)
+    if args.overfit:
         make = lambda index: example
+    else:
+        make = functools.partial(make_example, clips, model, metadata["seed"], texts_of, {})
 
-    folder.mkdir(exist_ok=True)
-    if found:
+    if tensors:
         shapes = jax.eval_shape(functools.partial(init_state, model, 0))
-        state = restore(shapes, tensors, "", found[-1])
+        state = restore(shapes, tensors, "", checkpoints(folder)[-1])
     else:
         state = init_state(model, metadata["seed"])
+    folder.mkdir(parents=True, exist_ok=True)
     n = n2m.param_count(model)
-    print(f"{model.name}: {n / 1e6:.1f} M parameters; {n * 16 / 2**30:.2f} GiB with their average and Adam's moments")
+    print(f"{model.name}: {n / 1e6:.1f} M parameters, {n * 16 / 2**30:.2f} GiB with their average and Adam's moments, "
+          f"on {jax.devices()[0].device_kind}")
     return model, state, metadata, make, encode, folder
 
 

@@ -549,7 +549,7 @@ def group_norm(p, x, groups):
     """Group normalisation over time and the channels of each group, (B, T, C) -> (B, T, C).
 
     numerics: moments over time first, then over each group, then one multiply-add: several times faster on a CPU than
-    the 4-D reshape of the textbook. Statistics in float32.
+    the 4-D reshape of the textbook. Statistics in float32; E[x^2] - E[x]^2 needs a mean below some 100 deviations.
     """
     b, _, c = x.shape
     moments = [jnp.mean(m, axis=1, dtype=jnp.float32) for m in (x, jnp.square(x.astype(jnp.float32)))]  # (B, C)
@@ -615,7 +615,10 @@ def downsample(p, x, stride):
 
 
 def upsample(p, x, stride):
-    """Transposed convolution of stride S and kernel 2 S, (B, T, C_I) -> (B, T S, C_{I-1})."""
+    """Transposed convolution of stride S and kernel 2 S, (B, T, C_I) -> (B, T S, C_{I-1}).
+
+    choice: a bias for each of the S phases of the output, which is what the two-tap form has.
+    """
     b, t, _ = x.shape
     return conv1d(p, x, [(1, 0)]).reshape(b, t * stride, -1)
 
@@ -682,7 +685,6 @@ def fft_resample(x, length: int, xp=jnp):
 
 
 MEL_WINDOW, MEL_FFT = 640, 1024  # choice: a 40 ms Hann window in a 64 ms transform
-MEL_FLOOR = 1e-5  # choice: -100 dB below a full-scale sine, which is about 0 dB
 
 
 def mel_filters() -> np.ndarray:
@@ -713,10 +715,12 @@ def stft(audio):
 def log_mel(audio):
     """Sec. 3.3.2: log-mel spectrogram "normalized to lie within [-1, 1]". (B, T) at 16 kHz -> (B, T / 160, 80).
 
-    choice: log10 of the mel magnitude, from -100 dB (also silence) at -1 to 0 dB at 1: one fixed map, never per clip.
+    choice: the mel magnitude in dB, from -90 (and all below, so silence) at -1 to +10 at 1: one fixed map, never per
+    clip. A full-scale sine has 0 dB in the STFT and, summed over the bins of a filter, 3 to 9 dB here.
     """
     mel = jnp.abs(stft(audio)) @ mel_filters()
-    return jnp.clip(1 - 2 * jnp.log10(jnp.maximum(mel, MEL_FLOOR)) / math.log10(MEL_FLOOR), -1, 1)
+    decibel = 20 * jnp.log10(jnp.maximum(mel, 1e-9))
+    return jnp.clip((decibel + 40) / 50, -1, 1)
 
 
 def griffin_lim(log_mel_frames, iterations: int = 32):
@@ -724,7 +728,7 @@ def griffin_lim(log_mel_frames, iterations: int = 32):
 
     Griffin & Lim (1984): alternate between the given magnitudes and the phases of a consistent signal. Not in the paper.
     """
-    mel = 10 ** ((1 - log_mel_frames) / 2 * math.log10(MEL_FLOOR)) - MEL_FLOOR
+    mel = 10 ** ((50 * log_mel_frames - 40) / 20) - 10 ** (-90 / 20)  # silence, at -1, becomes 0
     magnitude = jnp.maximum(mel @ np.linalg.pinv(mel_filters()), 0)
     window, pad = _mel_window(), (MEL_FFT - HOP) // 2
     F = mel.shape[1]

@@ -511,7 +511,6 @@ UNETS = {
     "text and low_fi": small_unet(),
     "aligned": small_unet(in_channels=1, aligned_channels=5, strides=(2, 3), blocks=(1, 1), **NO_TEXT),
     "low_fi": small_unet(strides=(1, 6), channels=(1, 3), blocks=(2, 1), kernel_size=3, **NO_TEXT),
-    "text, many channels": small_unet(in_channels=4, out_channels=4, blocks=(1, 1), self_attention=(True, False), cross_attention=(False, True)),
 }
 
 
@@ -578,10 +577,11 @@ def test_time_embedding_is_computed_in_float32():
     angles = 1000 * np.float64(t)[:, None] * 1e-4 ** np.linspace(0, 1, 128)
     close(e, np.concatenate([np.sin(angles), np.cos(angles)], 1), atol=3e-4)
     assert e.dtype == np.float32
-    cfg = small_unet()
-    params, x_t, _, c, text_on = unet_case(cfg)
-    y = jit_unet(params, cfg, x_t, t, c, text_on, dtype=jnp.bfloat16)
-    close(y, jit_unet(params, cfg, x_t, t, c, text_on), atol=0.15 * float(jnp.abs(y).max()))
+    cfg = UNETS["text and low_fi"]  # and so bfloat16 still tells these times apart: one clip, three times
+    params, *inputs = unet_case(cfg)
+    x_t, _, c, text_on = jax.tree.map(lambda a: jnp.repeat(a[:1], 3, 0), inputs)
+    y, low = (jit_unet(params, cfg, x_t, t, c, text_on, dtype=d) for d in (jnp.float32, jnp.bfloat16))
+    assert np.corrcoef((y[2] - y[0]).ravel(), (low[2] - low[0]).ravel())[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("stride", [1, 2, 5])
@@ -728,7 +728,7 @@ def test_log_mel_has_100_frames_a_second_and_stays_within_its_range():
 
 @pytest.mark.parametrize("hz", [100, 437.5, 1000, 5000])
 def test_log_mel_is_decibels(hz):
-    """A sine at -20 dB is 0.4 below one at 0 dB: 100 dB span [-1, 1], and full scale is near the top."""
+    """20 dB are 0.4: 100 dB span [-1, 1]. Full scale is near the top, and not beyond it."""
     sine = np.sin(2 * np.pi * hz * np.arange(8000) / 16_000)[None]
     full, quiet, quieter = (float(n2m.log_mel(jnp.asarray(g * sine, jnp.float32))[0, 25].max()) for g in (1, 0.03, 0.003))
     assert abs(quiet - quieter - 0.4) < 1e-3 and 0.85 < full <= 1 and abs(quiet + 0.609 - 1) < 0.15
@@ -888,7 +888,7 @@ def test_sampling_corrupts_nothing_and_pads_as_in_training(name):
 def loss_of(name, clips, stub, monkeypatch, key=0, **training):
     """diffusion_loss on clips of a constant 0.25, with the network replaced by `stub` where one is given."""
     model = n2m.MODELS[name]
-    model = replace(model, unet=small_unet(blocks=(1, 1)) if stub is None else model.unet, training=replace(model.training, **training))
+    model = replace(model, unet=small_unet(**NO_TEXT) if stub is None else model.unet, training=replace(model.training, **training))
     params = None
     if stub:
         monkeypatch.setattr(n2m, "unet", lambda params, cfg, *args: stub(*args))
@@ -902,7 +902,7 @@ def loss_of(name, clips, stub, monkeypatch, key=0, **training):
 
 def test_an_untrained_network_has_a_loss_of_1(monkeypatch):
     """Its exit is zero, so eps_hat = 0 and the loss is E[eps^2] = 1: the number to expect at step 0."""
-    loss, t = loss_of("waveform_cascader", 40, None, monkeypatch)
+    loss, t = loss_of("superresolution_cascader", 40, None, monkeypatch)
     assert loss.shape == t.shape == (40,)
     close(loss.mean(), 1, atol=0.05)
 

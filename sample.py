@@ -27,7 +27,7 @@ import numpy as np
 import noise2music as n2m
 import t5_encoder
 from t5_encoder import check
-from train import fail, load_model, t5_fingerprint, use_compilation_cache, warn, write_wav
+from train import fail, load_model, run_command, t5_fingerprint, warn, write_wav
 
 MAX_SECONDS = 600
 
@@ -180,7 +180,7 @@ def run_job(args, weights, t5, prompt: str, seed: int, seconds: float, out: Path
     check(np.isfinite(audio).all(), f"{name}: sampled values that are not finite; try --raw, another --cfg-scale, or train longer")
     for i, path in enumerate(clip_paths(out, args.num)):
         settings = {"prompt": prompt, "seed": seed, "clip": i, "seconds": seconds, "rate": rate, "route": args.route,
-                    "models": str(args.models), "raw": args.raw, "bf16": args.bf16,
+                    "models": str(args.models), "t5": args.t5, "raw": args.raw, "bf16": args.bf16,
                     "stages": {name: dataclasses.asdict(weights[name][0].inference) for name in outputs}}
         if args.keep_stages:
             write_stages(outputs, weights, i, path)
@@ -262,15 +262,8 @@ def run(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    use_compilation_cache()
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted", status=130))
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:  # python -X dev shows where
-            raise
-        fail(" ".join(str(error).split()))
+    run_command(run, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -499,7 +499,7 @@ def train(args, model, state, metadata, make, encode, folder: Path):
 # ---- The command line ----
 
 OVERRIDES = {  # fields of TrainingConfig that have an option each
-    "steps": "training steps", "batch_size": "clips a step", "seconds": "length of the audio a step sees of a clip",
+    "steps": "training steps", "batch_size": "clips a step", "seconds": "length of what a step sees of a clip",
     "learning_rate": "peak of Adam's learning rate", "warmup_steps": "linear warm-up", "decay_steps": "end of the cosine",
     "beta1": "of Adam", "beta2": "of Adam", "ema": "decay of the averaged parameters",
     "occlusion": "share of prompts hidden, for guidance", "t_max": "noise augmentation up to this time",
@@ -516,7 +516,7 @@ def parse_args(argv=None):
     source.add_argument("--overfit", type=Path, metavar="FILE", help="memorise one clip: if this fails, nothing else will work")
     parser.add_argument("--out", type=Path, required=True, metavar="RUNS", help="folder of all runs; this one goes into RUNS/MODEL")
     parser.add_argument("--tiny", action="store_true", help="a small variant of the model, for a CPU")
-    parser.add_argument("--t5", metavar="DIR", help="T5 encoder in Hugging Face's layout (default: RUNS/t5, made at random if absent)")
+    parser.add_argument("--t5", metavar="DIR", help="T5 encoder, Hugging Face's layout (default: RUNS/t5, made at random if absent)")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="split a batch into N parts to save memory")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; parameters stay float32")
     parser.add_argument("--remat", action="store_true", help="recompute blocks in the backward pass to save memory")
@@ -526,9 +526,11 @@ def parse_args(argv=None):
     parser.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
     parser.add_argument("--sample-every", type=int, default=0, metavar="N", help="steps between sampled wavs (default: none)")
     table = parser.add_argument_group("overrides of Table 2 and Sec. 4.1 (or of what --tiny makes of them)")
-    types = {f.name: f.type for f in dataclasses.fields(n2m.TrainingConfig)}
-    for name, text in OVERRIDES.items():
-        table.add_argument("--" + name.replace("_", "-"), type=types[name], help=text, metavar=types[name].__name__.upper())
+    for field in dataclasses.fields(n2m.TrainingConfig):
+        if field.name in OVERRIDES:
+            default = "by model" if field.default in (dataclasses.MISSING, 0.0) else field.default
+            table.add_argument("--" + field.name.replace("_", "-"), type=field.type, metavar="X",
+                               help=f"{OVERRIDES[field.name]} (paper: {default})")
     args = parser.parse_args(argv)
     if not 0 <= (args.seed or 0) < 2**63:
         parser.error(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
@@ -610,22 +612,24 @@ def prepare(args):
     return model, state, metadata, make, encode, folder
 
 
-def use_compilation_cache():
-    """The second process compiles nothing that the first one did. JAX_COMPILATION_CACHE_DIR moves the cache."""
+def run_command(run, args):
+    """Runs a script's command: what its user can mend becomes one line and exit status 2.
+
+    With a compilation cache, so that a second process compiles nothing; JAX_COMPILATION_CACHE_DIR moves it.
+    """
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "noise2music"))
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    use_compilation_cache()
     try:
-        train(args, *prepare(args))
+        run(args)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:  # python -X dev shows where
             raise
         fail(" ".join(str(error).split()))
+
+
+def main(argv=None):
+    run_command(lambda args: train(args, *prepare(args)), parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -791,7 +791,11 @@ def pad_to(x, length, value):
 
 
 def padded_length(cfg: UNetConfig, length: int) -> int:
-    """`length` rounded up to a multiple of prod(strides). departs: 30 s does not divide for two models; 30.72 s does for all."""
+    """`length` rounded up to a multiple of prod(strides).
+
+    departs: T_I = T_{I-1} / S_I (App. B.1) asks for whole numbers, and 30 s gives them to the vocoder alone; 30.72 s
+    to all five.
+    """
     multiple = math.prod(cfg.strides)
     return -(-length // multiple) * multiple
 

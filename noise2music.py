@@ -8,6 +8,7 @@
     Figs. 5 and 1         the block and the 1D Efficient U-Net
     Secs. 3.3, 4.1        what the cascaded models are conditioned on, and how that is augmented
     Secs. 3.3, 4.2.1      both routes from prompts to 24 kHz audio
+    Sec. 4.2.2            how all of it is laid out on many devices
 
 Comments point into the paper (`Eq. 4`, `Sec. 4.1`, `Table 9`, `Fig. 5`). Where it is silent they say `choice:`, where
 we differ on purpose `departs:`, and where the same mathematics is written in a safer form `numerics:`.
@@ -31,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 # ---- The tables ----
 
@@ -59,6 +61,7 @@ class UNetConfig:
     text_width: int = 2048  # choice: T5 v1.1 XL; Table 2's parameter counts single it out
     head_width: int = 128  # choice: 8 heads of 128, so q, k and v are 1024 wide at any C; Table 2 again
     groups: int = 8  # choice: groups of a GroupNorm
+    segments: int = 1  # numerics: pieces that a clip is computed in, see `conv1d`; the same network for any number
 
 
 @dataclass(frozen=True)
@@ -319,10 +322,10 @@ def guided_eps(params, model: Model, x_t, t, condition: Condition, cfg_scale, dt
     b = x_t.shape[0]
     if cfg_scale in (None, 1) or not uses_text(model):
         return unet(params, model.unet, x_t, jnp.full(b, t), condition, jnp.ones(b), dtype)
-    x2, condition2 = jax.tree.map(lambda a: jnp.concatenate([a, a]), (x_t, condition))
-    text_on = jnp.repeat(jnp.array([1.0, 0.0]), b)  # only the text is hidden, not the low-fidelity audio
-    eps_text, eps_none = jnp.split(unet(params, model.unet, x2, jnp.full(2 * b, t), condition2, text_on, dtype), 2)
-    return cfg_scale * eps_text + (1 - cfg_scale) * eps_none
+    x2, condition2 = jax.tree.map(lambda a: jnp.repeat(a, 2, axis=0), (x_t, condition))  # a clip's two on one device
+    text_on = jnp.tile(jnp.array([1.0, 0.0]), b)  # only the text is hidden, not the low-fidelity audio
+    eps = unet(params, model.unet, x2, jnp.full(2 * b, t), condition2, text_on, dtype)
+    return cfg_scale * eps[::2] + (1 - cfg_scale) * eps[1::2]
 
 
 def dynamic_clip(x0_hat, percentile=99.5):
@@ -330,8 +333,30 @@ def dynamic_clip(x0_hat, percentile=99.5):
 
     Never below s = 1, the range of audio and log-mel. choice: 99.5 %, as there. x0_hat (B, T, C).
     """
-    s = jnp.maximum(jnp.percentile(jnp.abs(x0_hat), percentile, axis=(1, 2), keepdims=True), 1.0)
+    s = jnp.maximum(_percentile(jnp.abs(x0_hat).reshape(x0_hat.shape[0], -1), percentile), 1.0)[:, None, None]
     return jnp.clip(x0_hat, -s, s) / s
+
+
+def _percentile(a, percentile):
+    """np.percentile of each row of a (B, N), no element negative. (B,).
+
+    numerics: a sort of 30 s takes longer than a small network. Floats above zero are ordered as their 31 bits are, so
+    the bits of the element of rank k are found one by one, from the highest, by counting what lies below.
+    """
+    rank = percentile / 100 * (a.shape[1] - 1)
+    k = math.floor(rank)
+    bits = lax.bitcast_convert_type(a, jnp.int32)
+    below = lambda v: jnp.sum(bits < v[:, None], axis=1)
+
+    def try_bit(i, v):
+        with_bit = v + (1 << (30 - i))
+        return jnp.where(below(with_bit) <= k, with_bit, v)
+
+    v = lax.fori_loop(0, 31, try_bit, jnp.zeros(a.shape[0], jnp.int32))
+    following = jnp.min(jnp.where(bits > v[:, None], bits, jnp.int32(0x7F800000)), axis=1)
+    following = jnp.where((below(v + 1) > k + 1) | (k + 1 == a.shape[1]), v, following)  # the element of rank k + 1
+    low, high = (lax.bitcast_convert_type(b, jnp.float32) for b in (v, following))
+    return low + (rank - k) * (high - low)
 
 
 # ---- Ancestral sampling (Appendix A, Sec. 4.2.1) ----
@@ -428,11 +453,12 @@ def sample(params, model: Model, condition: Condition, keys, length: int, dtype=
     return x_t
 
 
-# ---- Parameters: each declared once, as a shape and an initialiser ----
+# ---- Parameters: each declared once, as a shape, its logical axes and an initialiser ----
 
 
 class Param(NamedTuple):
     shape: tuple[int, ...]
+    axes: tuple[str, ...]  # keys of SHARDING
     init: Callable  # of standard normal noise of that shape
 
 
@@ -444,30 +470,30 @@ def _identity(noise):
     return jnp.eye(*noise.shape)
 
 
-def linear_spec(c_in, c_out, init=_fan_in):
-    return {"w": Param((c_in, c_out), init), "b": Param((c_out,), jnp.zeros_like)}
+def linear_spec(c_in, c_out, init=_fan_in, axes=("channels", "channels")):
+    return {"w": Param((c_in, c_out), axes, init), "b": Param((c_out,), axes[1:], jnp.zeros_like)}
 
 
-def conv_spec(taps, c_in, c_out, init=_fan_in):
-    return {"w": Param((taps, c_in, c_out), init), "b": Param((c_out,), jnp.zeros_like)}
+def conv_spec(taps, c_in, c_out, init=_fan_in, axes=("channels", "channels")):
+    return {"w": Param((taps, c_in, c_out), ("taps", *axes), init), "b": Param((c_out,), axes[1:], jnp.zeros_like)}
 
 
-def norm_spec(c):
-    return {"scale": Param((c,), jnp.ones_like), "bias": Param((c,), jnp.zeros_like)}
+def norm_spec(c, axis="channels"):
+    return {"scale": Param((c,), (axis,), jnp.ones_like), "bias": Param((c,), (axis,), jnp.zeros_like)}
 
 
 def attention_spec(cfg: UNetConfig, c, c_kv):
     hk = cfg.attention_heads * cfg.head_width
     return {
         "norm": norm_spec(c),
-        "q": linear_spec(c, hk),
-        "k": linear_spec(c_kv, hk),
-        "v": linear_spec(c_kv, hk),
-        "out": linear_spec(hk, c, jnp.zeros_like),
+        "q": linear_spec(c, hk, axes=("channels", "heads")),
+        "k": linear_spec(c_kv, hk, axes=("channels", "heads")),
+        "v": linear_spec(c_kv, hk, axes=("channels", "heads")),
+        "out": linear_spec(hk, c, jnp.zeros_like, ("heads", "channels")),
         "feed_forward": {  # App. B.1: "a hidden layer of twice the dimension of C_I"
             "norm": norm_spec(c),
-            "hidden": linear_spec(c, 2 * c),
-            "out": linear_spec(2 * c, c, jnp.zeros_like),
+            "hidden": linear_spec(c, 2 * c, axes=("channels", "hidden")),
+            "out": linear_spec(2 * c, c, jnp.zeros_like, ("hidden", "channels")),
         },
     }
 
@@ -478,9 +504,9 @@ def block_spec(cfg: UNetConfig, c, self_attention: bool, cross_attention: bool):
     spec = {
         "combine": linear_spec(cfg.base_dimension, 2 * c, jnp.zeros_like),
         "norm1": norm_spec(c),
-        "conv1": conv_spec(k, c, c),
-        "norm2": norm_spec(c),
-        "conv2": conv_spec(k, c, c, jnp.zeros_like),
+        "conv1": conv_spec(k, c, c, axes=("channels", "hidden")),
+        "norm2": norm_spec(c, "hidden"),
+        "conv2": conv_spec(k, c, c, jnp.zeros_like, ("hidden", "channels")),
         "skip": linear_spec(c, c, _identity),
     }
     if self_attention:
@@ -540,21 +566,37 @@ def linear_layer(p, x):
     return x @ p["w"] + p["b"]
 
 
-def conv1d(p, x, padding="SAME"):
-    """1D convolution, (B, T, C_in) -> (B, T, C_out)."""
+def conv1d(p, x, segments=1, left=None):
+    """1D convolution, (B, T, C_in) -> (B, T, C_out), padded with zeros: `left` of them before, k - 1 - left after.
+
+    numerics: with segments > 1, each clip is `segments` pieces of T frames, one after another in the batch, and a piece
+    is padded with its neighbours' frames. It is the same convolution; but a TPU wants 8 sequences or more, and folds
+    time into the batch around every convolution of fewer: 3 times the time in copies, and in compilation.
+    """
+    taps = p["w"].shape[0]
+    left = (taps - 1) // 2 if left is None else left
+    padding = [(left, taps - 1 - left)]
+    if segments > 1:
+        (before, after), padding = padding[0], "VALID"
+        b, t, c = x.shape
+        x = x.reshape(b // segments, segments, t, c)
+        ends = jnp.pad(x[:, :-1, t - before :], [(0, 0), (1, 0), (0, 0), (0, 0)])  # each piece's predecessor's end
+        starts = jnp.pad(x[:, 1:, :after], [(0, 0), (0, 1), (0, 0), (0, 0)])  # and successor's start
+        x = jnp.concatenate([ends, x, starts], axis=2).reshape(b, t + taps - 1, c)
     y = lax.conv_general_dilated(x, p["w"], (1,), padding, dimension_numbers=("NWC", "WIO", "NWC"))
     return y + p["b"]
 
 
-def group_norm(p, x, groups):
+def group_norm(p, x, groups, segments=1):
     """Group normalisation over time and the channels of each group, (B, T, C) -> (B, T, C).
 
     numerics: moments over time first, then over each group, then one multiply-add: several times faster on a CPU than
     the 4-D reshape of the textbook. Statistics in float32; E[x^2] - E[x]^2 needs a mean below some 100 deviations.
     """
-    b, _, c = x.shape
+    c = x.shape[-1]
     moments = [jnp.mean(m, axis=1, dtype=jnp.float32) for m in (x, jnp.square(x.astype(jnp.float32)))]  # (B, C)
-    mean, mean_sq = [jnp.repeat(m.reshape(b, groups, -1).mean(-1), c // groups, axis=1) for m in moments]  # (B, C)
+    moments = [m.reshape(-1, segments, groups, c // groups).mean((1, 3)) for m in moments]  # (clips, groups)
+    mean, mean_sq = [jnp.repeat(jnp.repeat(m, segments, axis=0), c // groups, axis=1) for m in moments]  # (B, C)
     scale = p["scale"] * lax.rsqrt(jnp.maximum(mean_sq - mean**2, 0) + 1e-5)
     bias = p["bias"] - mean * scale
     return x * scale[:, None].astype(x.dtype) + bias[:, None].astype(x.dtype)
@@ -568,18 +610,19 @@ def combine_embedding(p, x, time):
 
 def attention(p, cfg: UNetConfig, x, kv, mask=None):
     """Multi-head attention of x (B, T, C) on kv (B, L, E), or on itself where kv is None. choice: no positions."""
-    h = group_norm(p["norm"], x, cfg.groups)  # choice: normalised before the attention and before the feed-forward
+    h = group_norm(p["norm"], x, cfg.groups, cfg.segments)  # choice: normalised before attention and feed-forward
+    h = h.reshape(-1, cfg.segments * h.shape[1], h.shape[2])  # attention sees whole clips
     kv = h if kv is None else kv
     heads = lambda y: y.reshape(*y.shape[:2], cfg.attention_heads, cfg.head_width)  # (B, T, H K) -> (B, T, H, K)
     q, k, v = heads(linear_layer(p["q"], h)), heads(linear_layer(p["k"], kv)), heads(linear_layer(p["v"], kv))
     mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, L)
     y = jax.nn.dot_product_attention(q, k, v, mask=mask)  # (B, T, H, K)
-    return linear_layer(p["out"], y.reshape(*y.shape[:2], -1))
+    return linear_layer(p["out"], y.reshape(*x.shape[:2], -1))
 
 
 def feed_forward(p, cfg: UNetConfig, x):
     """App. B.1: "the standard post-attention residual layer"."""
-    h = linear_layer(p["hidden"], group_norm(p["norm"], x, cfg.groups))
+    h = linear_layer(p["hidden"], group_norm(p["norm"], x, cfg.groups, cfg.segments))
     return linear_layer(p["out"], jax.nn.silu(h))  # choice: Swish, as in the rest of the block
 
 
@@ -587,8 +630,8 @@ def block(p, cfg: UNetConfig, x, time, text, text_mask, text_on):
     """Fig. 5. x (B, T, C), time (B, base), text (B, L, E), text_mask (B, L), text_on (B,) -> (B, T, C)."""
     x = combine_embedding(p["combine"], x, time)
 
-    h = conv1d(p["conv1"], jax.nn.silu(group_norm(p["norm1"], x, cfg.groups)))
-    h = conv1d(p["conv2"], jax.nn.silu(group_norm(p["norm2"], h, cfg.groups)))
+    h = conv1d(p["conv1"], jax.nn.silu(group_norm(p["norm1"], x, cfg.groups, cfg.segments)), cfg.segments)
+    h = conv1d(p["conv2"], jax.nn.silu(group_norm(p["norm2"], h, cfg.groups, cfg.segments)), cfg.segments)
     x = linear_layer(p["skip"], x) + h
 
     if "self_attention" in p:
@@ -605,23 +648,23 @@ def block(p, cfg: UNetConfig, x, time, text, text_mask, text_on):
 # ---- The 1D Efficient U-Net (Fig. 1) ----
 
 
-def downsample(p, x, stride):
+def downsample(p, x, stride, segments=1):
     """Convolution of stride S and kernel 2 S, (B, T, C_{I-1}) -> (B, T / S, C_I). choice: the kernel; Table 2's counts.
 
     numerics: S frames folded into the channels, then two taps. `upsample` is the same idea backwards: padded on the
     other side, each is the other's adjoint, and nothing drifts in time.
     """
     b, t, c = x.shape
-    return conv1d(p, x.reshape(b, t // stride, stride * c), [(0, 1)])
+    return conv1d(p, x.reshape(b, t // stride, stride * c), segments, left=0)
 
 
-def upsample(p, x, stride):
+def upsample(p, x, stride, segments=1):
     """Transposed convolution of stride S and kernel 2 S, (B, T, C_I) -> (B, T S, C_{I-1}).
 
     choice: a bias for each of the S phases of the output, which is what the two-tap form has.
     """
     b, t, _ = x.shape
-    return conv1d(p, x, [(1, 0)]).reshape(b, t * stride, -1)
+    return conv1d(p, x, segments, left=1).reshape(b, t * stride, -1)
 
 
 def time_embedding(t, width):
@@ -641,32 +684,34 @@ def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on, dtype=j
     `remat` recomputes each block in the backward pass instead of storing what is inside it.
     """
     cast = lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree)
+    pieces = lambda a: constrain(a.reshape(-1, a.shape[1] // cfg.segments, a.shape[2]), "batch")  # see `conv1d`
     time = linear_layer(params["time"], time_embedding(t, cfg.base_dimension))  # in float32
+    time, text_on = (jnp.repeat(a, cfg.segments, axis=0) for a in (time, text_on))
     params, time, text, text_on = cast((params, time, condition.text, text_on))
     run = partial(block, cfg=cfg, time=time, text=text, text_mask=condition.text_mask, text_on=text_on)
     run = jax.checkpoint(run) if remat else run
 
     stacked = x_t if condition.low_fi is None else jnp.concatenate([x_t, condition.low_fi], axis=-1)  # Sec. 3.3.1
-    h = conv1d(params["entry"], stacked.astype(dtype))
+    h = conv1d(params["entry"], pieces(stacked.astype(dtype)), cfg.segments)
     skips = [h]
     for p, stride in zip(params["down"], cfg.strides):
-        h = downsample(p["resample"], h, stride)
+        h = downsample(p["resample"], h, stride, cfg.segments)
         for p_block in p["blocks"]:
             h = run(p_block, x=h)
         skips.append(h)
 
     h = skips.pop()  # the bottom of the U
     if condition.aligned is not None:
-        h = h + linear_layer(params["aligned"], condition.aligned.astype(dtype))
+        h = h + linear_layer(params["aligned"], pieces(condition.aligned.astype(dtype)))
 
     for p, stride in zip(reversed(params["up"]), reversed(cfg.strides)):
-        h = upsample(p["resample"], h, stride)
+        h = upsample(p["resample"], h, stride, cfg.segments)
         # departs: Fig. 1 draws the blocks before the up-sampling layer; Sec. 3.2 has them after it, and Table 2's
         # counts agree with Sec. 3.2 to 2.2 %, with the drawing to no better than 8.2 %.
         for p_block in p["blocks"]:
             h = run(p_block, x=h)
         h = h + skips.pop()  # Fig. 1: added, never concatenated
-    return conv1d(params["exit"], h).astype(jnp.float32)
+    return conv1d(params["exit"], h, cfg.segments).reshape(*x_t.shape[:2], -1).astype(jnp.float32)
 
 
 # ---- Inputs of the cascade: resampling and log-mel (Sec. 3.3) ----
@@ -792,12 +837,12 @@ def pad_to(x, length, value):
 
 
 def padded_length(cfg: UNetConfig, length: int) -> int:
-    """`length` rounded up to a multiple of prod(strides).
+    """`length` rounded up to a multiple of prod(strides), in each segment.
 
     departs: T_I = T_{I-1} / S_I (App. B.1) asks for whole numbers, and 30 s gives them to the vocoder alone; 30.72 s
     to all five.
     """
-    multiple = math.prod(cfg.strides)
+    multiple = cfg.segments * math.prod(cfg.strides)
     return -(-length // multiple) * multiple
 
 
@@ -864,3 +909,47 @@ def generate(prompts, weights, encode_text, route="waveform", seconds=30.0, seed
         x = sample(params, model, condition, keys, padded_length(model.unet, length), dtype, report)[:, :length]
         outputs[name] = previous = x if writes_log_mel(model) else x[:, :, 0]
     return outputs
+
+
+# ---- Sharding (Sec. 4.2.2) ----
+# A mesh of devices has two axes: "data" splits the clips, "model" each matrix of the network. SHARDING says which of the
+# two, if any, every logical axis of an array is laid along; GSPMD (Xu et al., 2021) derives the rest. To shard otherwise,
+# change this table, nothing else.
+
+SHARDING = {     # parameters and activations   the moving average, Adam's moments
+    "batch":     ("data",                       None),
+    "channels":  (None,                         "data"),   # between the boxes of Figs. 1 and 5; Rajbhandari et al. (2020)
+    "hidden":    ("model",                      "model"),  # between the two convolutions of a block, inside a feed-forward
+    "heads":     ("model",                      "model"),  # inside an attention
+    "taps":      (None,                         None),
+}  # fmt: skip
+
+
+def make_mesh(model: int = 1, devices=None) -> jax.sharding.Mesh:
+    """All devices as ("data", "model"), `model` of them along the second. ValueError where that does not divide."""
+    devices = np.asarray(jax.devices() if devices is None else devices).ravel()
+    if devices.size % model:
+        raise ValueError(f"{devices.size} devices cannot be split {model} ways; the model axis must divide them")
+    return jax.sharding.Mesh(devices.reshape(-1, model), ("data", "model"))
+
+
+def partition(mesh, shape, axes, column=0) -> PartitionSpec:
+    """How SHARDING lays out an array. choice: a mesh axis goes to the first logical axis that wants it and that it divides."""
+    spec = []
+    for size, axis in zip(shape, axes):
+        mesh_axis = SHARDING[axis][column]
+        fits = mesh_axis and mesh_axis not in spec and size % mesh.shape[mesh_axis] == 0
+        spec.append(mesh_axis if fits else None)
+    return PartitionSpec(*spec)
+
+
+def shardings(cfg: UNetConfig, mesh, column=0):
+    """The tree of NamedShardings of a U-Net's parameters, or with column=1 of the state that only the update reads."""
+    place = lambda p: NamedSharding(mesh, partition(mesh, p.shape, p.axes, column))
+    return jax.tree.map(place, unet_spec(cfg), is_leaf=_is_param)
+
+
+def constrain(x, *axes):
+    """x, laid out as SHARDING says where a mesh is set (`jax.set_mesh`); axes name the first dimensions of x."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else lax.with_sharding_constraint(x, partition(mesh, x.shape, axes))

@@ -368,6 +368,13 @@ def test_noise_is_fresh_at_every_step_and_for_every_clip():
     assert np.abs(np.corrcoef(draws) - np.eye(6)).max() < 0.08 and abs(draws.std() - 1) < 0.02
 
 
+@pytest.mark.parametrize("percentile", [0, 37.5, 50, 99.5, 100])
+@pytest.mark.parametrize("a", [rng().normal(size=(3, 1001)) ** 2, rng().integers(0, 4, (3, 200)), np.zeros((2, 5)), rng().uniform(size=(2, 1))])
+def test_percentile_against_numpy(a, percentile):
+    """With many elements equal, none equal, and only one."""
+    close(n2m._percentile(jnp.asarray(a, jnp.float32), percentile), np.percentile(np.float32(a), percentile, axis=1), rtol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
 def test_dynamic_clip_against_numpy(scale):
     """Per clip, over time and channels, never below 1, and then within [-1, 1]."""
@@ -594,6 +601,26 @@ def test_up_is_the_adjoint_of_down(stride):
     up = n2m.upsample({"w": w[::-1].mT, "b": jnp.zeros(stride * c_outer)}, y, stride)
     assert down.shape == y.shape and up.shape == x.shape
     close(jnp.vdot(down, y), jnp.vdot(x, up), rtol=1e-5)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("segments", [2, 7])
+def test_pieces_side_by_side_are_the_same_network(segments, aligned):
+    """Values and gradients, with self- and cross-attention and with an aligned input; 14 frames at the bottom."""
+    cfg = small_unet(**(dict(NO_TEXT, aligned_channels=4) if aligned else {}))
+    frames = 14
+    c = random_condition(cfg)
+    x_t, t, text_on = normal(3, 6 * frames, 1), jnp.array([0.1, 0.5, 0.9]), jnp.array([1.0, 0.0, 1.0])
+    c = c._replace(low_fi=None if c.low_fi is None else normal(3, 6 * frames, 1, seed=5),
+                   aligned=normal(3, frames, 4, seed=6) if aligned else None)
+    whole, pieces = (jax.value_and_grad(lambda p, cfg=cfg: (jit_unet(p, cfg, x_t, t, c, text_on) ** 2).mean())(random_params(cfg))
+                     for cfg in (cfg, replace(cfg, segments=segments)))
+    jax.tree.map(functools.partial(close, rtol=2e-3, atol=2e-5), pieces, whole)
+
+
+@pytest.mark.parametrize("segments, multiple", [(1, 6), (4, 24)])
+def test_each_piece_is_padded_to_whole_frames(segments, multiple):
+    assert n2m.padded_length(small_unet(segments=segments), multiple + 1) == 2 * multiple
 
 
 def test_nothing_drifts_in_time():

@@ -3,12 +3,13 @@
     python sample.py "a slow piano ballad with strings" -o ballad.wav --models runs
     python sample.py "upbeat jazz" --route spectrogram --num 4 --seed 7 --models runs
     python sample.py --prompts prompts.txt -o folder --models runs
+    python sample.py --plan v4:2x2x1            # the paper's models, compiled for a TPU that need not be there
 
 Two routes: `waveform` (3.2 kHz audio, then 16 kHz) and `spectrogram` (log-mel, then 16 kHz); super-resolution makes 24 kHz
 of either. Defaults are Table 3's, as the checkpoints hold them. Beside each wav goes a .json with every setting and the
 seed; the same seed and clip number give the same clip, whatever --num is. With --prompts, a prompt or a JSON object a
 line, {"prompt": ..., "seed": ..., "seconds": ...}, the clips go into a folder, and a second run continues where the first
-was interrupted.
+was interrupted. Several devices share the clips of --num, and with --model-parallel the matrices of the network.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import numpy as np
 import noise2music as n2m
 import t5_encoder
 from t5_encoder import check
-from train import fail, load_model, run_command, t5_fingerprint, warn, write_wav
+from train import PLAN_HEADER, fail, load_model, plan, plan_mesh, run_command, shaped, t5_fingerprint, warn, write_wav
 
 MAX_SECONDS = 600
 
@@ -68,7 +69,7 @@ def override(model: n2m.Model, steps, schedule, cfg_scale, gamma) -> n2m.Model:
     return dataclasses.replace(model, inference=dataclasses.replace(model.inference, **changes))
 
 
-def load_weights(args, stages):
+def load_weights(args, stages, mesh):
     """({name: (model, params)}, text encoder): the models of a route, overridden by the command line, and their T5."""
     missing = [name for name in stages if not (args.models / name).is_dir()]
     data = "--tiny --data DIR"
@@ -81,7 +82,8 @@ def load_weights(args, stages):
     weights, readers = {}, []
     for name, *changes in zip(stages, *values):
         model, params, metadata = load_model(args.models, name, args.raw)
-        weights[name] = override(model, *changes), params
+        params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params) if args.bf16 else params  # once, not at every step
+        weights[name] = override(model, *changes), jax.device_put(params, n2m.shardings(model.unet, mesh))
         if n2m.uses_text(model):
             readers.append((name, metadata))
     folder = Path(args.t5 or readers[0][1]["t5"] or args.models / "t5")
@@ -123,6 +125,50 @@ def read_prompts(path: Path) -> list[dict]:
             jobs.append(job)
     check(jobs, f"{path}: no prompt in it; write one a line")
     return jobs
+
+
+# ---- Many devices (Sec. 4.2.2) ----
+
+
+def serving_mesh(num: int, model_parallel: int):
+    """The devices for `num` clips: as many along "data" as divide the clips."""
+    across = len(jax.devices()) // model_parallel
+    check(across, f"--model-parallel {model_parallel} is more than the {len(jax.devices())} devices here")
+    return n2m.make_mesh(model_parallel, jax.devices()[: math.gcd(num, across) * model_parallel])
+
+
+def for_tpu(model: n2m.Model, num: int, seconds: float, mesh) -> n2m.Model:
+    rows = num // mesh.shape["data"] * (2 if n2m.uses_text(model) else 1)  # guidance doubles them
+    return n2m.in_pieces(model, rows, round(seconds * model.rate))
+
+
+def lower_step(model: n2m.Model, mesh, num: int, seconds: float):
+    """One denoising step of `num` clips, with its guidance, clipping and noise, in bfloat16, as `sample` would run it."""
+    cfg, T, text = model.unet, n2m.padded_length(model.unet, round(seconds * model.rate)), None
+    spec, places = n2m.unet_spec(cfg), n2m.shardings(cfg, mesh)
+    params = jax.tree.map(lambda p, place: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=place), spec, places,
+                          is_leaf=lambda p: isinstance(p, n2m.Param))
+    array = lambda *shape, dtype=jnp.float32: shaped(mesh, (num, *shape), dtype, "batch")
+    condition = n2m.Condition(array(T, 1) if model.low_rate else None,
+                              array(T // n2m.HOP, cfg.aligned_channels) if cfg.aligned_channels else None)
+    if n2m.uses_text(model):
+        text = array(model.training.token_length, cfg.text_width), array(model.training.token_length, dtype=jnp.bool_)
+        condition = condition._replace(text=text[0], text_mask=text[1])
+    keys = array(dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    update = n2m.Update(*[shaped(mesh, (1,), jnp.float32)] * len(n2m.Update._fields))
+    with jax.set_mesh(mesh):
+        return n2m._sample_chunk.lower(params, model, array(T, cfg.out_channels), condition, keys, 1, update,
+                                       model.inference.cfg_scale, jnp.bfloat16)
+
+
+def print_plan(args):
+    """Table 4 for this code on a TPU that need not be there: the five models of the paper, compiled ahead of time."""
+    mesh, chip = plan_mesh(args.plan, args.model_parallel)
+    num, seconds = args.num or 4, args.seconds or 30.0
+    print(f"one denoising step of {num} clips of {seconds:g} s on {args.plan}, bfloat16, guidance included\n{PLAN_HEADER}")
+    for name, model in n2m.MODELS.items():
+        lowered = lower_step(for_tpu(model, num, seconds, mesh), mesh, num, seconds)
+        plan(name, lowered, n2m.param_count(model), chip, beside=f"; Table 4: {n2m.TABLE_4[name]} ms")
 
 
 # ---- Sampling ----
@@ -169,12 +215,15 @@ def write_stages(outputs, weights, i: int, path: Path):
             write_wav(stage, np.asarray(x[i]), model.rate)
 
 
-def run_job(args, weights, t5, prompt: str, seed: int, seconds: float, out: Path):
+def run_job(args, weights, t5, mesh, prompt: str, seed: int, seconds: float, out: Path):
     """`args.num` clips of one prompt: wav and json, the json last, so that it stands for a finished clip."""
     encode = lambda texts, token_length: t5_encoder.encode(t5, texts, token_length)
     dtype = jnp.bfloat16 if args.bf16 else jnp.float32
-    outputs = n2m.generate([prompt] * args.num, weights, encode, args.route, seconds, seed,
-                           superres=not args.no_superres, dtype=dtype, progress=progress_printer())
+    if jax.default_backend() == "tpu":
+        weights = {name: (for_tpu(model, args.num, seconds, mesh), params) for name, (model, params) in weights.items()}
+    with jax.set_mesh(mesh):
+        outputs = n2m.generate([prompt] * args.num, weights, encode, args.route, seconds, seed,
+                               superres=not args.no_superres, dtype=dtype, progress=progress_printer())
     name, audio = list(outputs.items())[-1]
     rate, audio = weights[name][0].rate, np.asarray(audio)
     check(np.isfinite(audio).all(), f"{name}: sampled values that are not finite; try --raw, another --cfg-scale, or train longer")
@@ -211,7 +260,7 @@ def parse_args(argv=None):
     parser.add_argument("--models", type=Path, default=Path("runs"), metavar="DIR", help="train.py's --out (default: runs)")
     parser.add_argument("--route", choices=tuple(n2m.ROUTES), default="waveform", help="default: waveform")
     parser.add_argument("--t5", metavar="DIR", help="T5 encoder (default: the one the models were trained with)")
-    parser.add_argument("--num", type=int, default=1, metavar="N", help="clips at once (default: 1; Sec. 4.2.2 serves 4)")
+    parser.add_argument("--num", type=int, metavar="N", help="clips at once (default: 1; Sec. 4.2.2 serves 4)")
     parser.add_argument("--seconds", type=float, help="length (default: what the generator was trained on, 30 in the paper)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     stage = parser.add_argument_group("inference parameters (Table 3): one for all stages, or one a stage, as in 64,32,16")
@@ -221,24 +270,31 @@ def parse_args(argv=None):
     stage.add_argument("--gamma", metavar="G", help="stochasticity, 0 to 1")
     parser.add_argument("--raw", action="store_true", help="use the parameters themselves, not their moving average")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--model-parallel", type=int, default=1, metavar="N", help="devices that share a matrix (default: 1)")
+    parser.add_argument("--plan", metavar="TPU", help="compile the paper's models for a TPU such as v4:2x2x1, print Table 4, and stop")
     parser.add_argument("--no-superres", action="store_true", help="stop at 16 kHz, as the paper's evaluation does (Sec. 4.3.1)")
     parser.add_argument("--keep-stages", action="store_true", help="write every stage's output too")
     args = parser.parse_args(argv)
-    if (args.prompt is None) == (args.prompts is None):
+    if [args.prompt, args.prompts, args.plan].count(None) != 2:
         parser.error("give a prompt, or a file of them with --prompts")
-    if args.num < 1:
-        parser.error(f"--num must be at least 1, not {args.num}")
+    for name in ("num", "model_parallel"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if not -(2**63) <= args.seed < 2**63:
         parser.error("--seed must fit 64 bits")
     return args
 
 
 def run(args):
+    if args.plan:
+        return print_plan(args)
+    args.num = args.num or 1
     stages = n2m.ROUTES[args.route][: 2 if args.no_superres else 3]
     jobs = read_prompts(args.prompts) if args.prompts else [{"prompt": args.prompt}]
-    weights, t5 = load_weights(args, stages)
+    mesh = serving_mesh(args.num, args.model_parallel)
+    weights, t5 = load_weights(args, stages, mesh)
     generator = weights[stages[0]][0]
-    print(f"{args.route} route on {jax.devices()[0].device_kind}: " + ", ".join(
+    print(f"{args.route} route on {mesh.size} x {jax.devices()[0].device_kind}: " + ", ".join(
         f"{name} {n2m.param_count(m) / 1e6:.1f} M" for name, (m, _) in weights.items()), file=sys.stderr)
     for i, job in enumerate(jobs):
         where = f"{args.prompts}: prompt {i + 1}: " if args.prompts else ""
@@ -258,7 +314,7 @@ def run(args):
             continue
         check_writable(out)
         print(f"[{i + 1}/{len(jobs)}] {prompt}", file=sys.stderr)
-        run_job(args, weights, t5, prompt, seed, seconds, out)
+        run_job(args, weights, t5, mesh, prompt, seed, seconds, out)
 
 
 def main(argv=None):

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import importlib.util
 import io
 import json
 import math
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import tempfile
 import time
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 cache = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name  # shared with the processes that tests start
@@ -603,8 +606,7 @@ def test_up_is_the_adjoint_of_down(stride):
     close(jnp.vdot(down, y), jnp.vdot(x, up), rtol=1e-5)
 
 
-@pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize("segments", [2, 7])
+@pytest.mark.parametrize("segments, aligned", [(2, False), (7, True)])
 def test_pieces_side_by_side_are_the_same_network(segments, aligned):
     """Values and gradients, with self- and cross-attention and with an aligned input; 14 frames at the bottom."""
     cfg = small_unet(**(dict(NO_TEXT, aligned_channels=4) if aligned else {}))
@@ -2021,3 +2023,127 @@ def test_hard_prompts_are_music_too(tmp_path, runs, capfd):
     run_sample("--prompts", prompts, "-o", tmp_path / "out", "--models", runs, "--seconds", 0.3, "--no-superres", "--steps", 1)
     assert len(list((tmp_path / "out").glob("*.wav"))) == 2
     assert "the model reads the first 63" in capfd.readouterr().err
+
+
+# ---- sharding and several processes ----
+
+SHARDED = {  # every width, head and group divides by 8
+    "waveform_cascader": small_unet(base_dimension=16, attention_heads=8, groups=8, blocks=(1, 1)),
+    "spectrogram_vocoder": small_unet(base_dimension=16, groups=8, blocks=(1, 1), strides=(8, 20), in_channels=1, aligned_channels=80, **NO_TEXT),
+}
+
+
+def check_every_split(name):
+    """Run on 8 devices: the loss, the gradients and a clip of every mesh equal those of one device."""
+    model = replace(n2m.MODELS[name], unet=SHARDED[name], inference=replace(n2m.MODELS[name].inference, steps=3))
+    params, key = random_params(model.unet), jax.random.key(3)
+    audio, condition = 0.3 * np.asarray(normal(8, 960)), random_condition(model.unet, b=5, t=960)
+    condition = jax.tree.map(lambda a: np.resize(np.asarray(a), (8, *a.shape[1:])), condition)
+    part = audio, condition.text, condition.text_mask
+
+    def results(params, model=model):
+        grads, (losses, _) = train.gradients(params, model, key, *part, jnp.float32, False)
+        clip = n2m.sample(params, model, condition, jax.random.split(key, 8), 960)
+        return losses, clip, grads
+
+    expected = results(params)
+    for n in (1, 2, 4, 8):
+        mesh = n2m.make_mesh(n)
+        with jax.set_mesh(mesh):
+            losses, clip, grads = results(train.place(params, n2m.shardings(model.unet, mesh)))
+        close(losses, expected[0], rtol=1e-5)
+        close(clip, expected[1], atol=2e-5)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected[2])):
+            close(a, b, rtol=1e-3, atol=1e-5 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_every_split_of_eight_devices_gives_the_same_numbers(name):
+    code = f"import test_noise2music; test_noise2music.check_every_split({name!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, env=devices(8), cwd=Path(__file__).parent)
+
+
+def devices(n):
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={n}"}
+
+
+def test_the_table_lays_out_parameters_and_state():
+    """What is split, along which axis; without devices."""
+    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+    model = replace(n2m.MODELS["waveform_cascader"], unet=SHARDED["waveform_cascader"])
+    block = lambda tree: jax.tree.map(lambda s: tuple(s.spec), tree["down"][0]["blocks"][0])
+    state = train.state_layout(model, mesh)
+    now, rest = block(state.params), block(state.ema)
+    assert now["conv1"] == {"w": (None, None, "model"), "b": ("model",)}
+    assert now["conv2"] == {"w": (None, "model", None), "b": (None,)}
+    assert now["cross_attention"]["q"]["w"] == (None, "model") and now["cross_attention"]["out"]["w"] == ("model", None)
+    assert now["skip"] == {"w": (None, None), "b": (None,)}
+    assert rest["conv1"]["w"] == (None, "data", "model") and rest["skip"]["w"] == ("data", None)
+    assert block(state.opt[0].mu) == block(state.opt[0].nu) == rest
+    assert n2m.partition(mesh, (3, 2, 16), ("taps", "channels", "channels"), 1) == jax.P(None, None, "data")  # 2 does not divide
+
+
+def test_the_rows_of_all_processes_are_the_batch(monkeypatch):
+    """Each reads its share of every part."""
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    rows = []
+    for i in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda i=i: i)
+        rows.append(train.process_rows(24, 2))
+    assert rows[1] == [4, 5, 6, 7, 16, 17, 18, 19] and sorted(sum(rows, [])) == list(range(24))
+
+
+def test_two_processes_train_as_one_and_resume_on_another_number(tmp_path, data):
+    """The losses of 2 processes of 4 devices are those of 1 of 8; a killed one ends the other; one process goes on."""
+    main = "import sys, test_noise2music as t, train; t.n2m.tiny = lambda m: t.small(m.name); train.main(sys.argv[1:])"
+    common = [sys.executable, "-c", main, "spectrogram_vocoder", "--tiny", "--data", data, "--batch-size", "16", "--seconds", "0.32",
+              "--accumulate", "2", "--log-every", "1", "--save-every", "3", "--model-parallel", "2", "--seed", "5"]
+    start = lambda n, out, *more: subprocess.Popen([*map(str, common), "--out", str(tmp_path / out), *more], env=devices(n), text=True,
+                                                   cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = lambda out: [json.loads(line) for line in (tmp_path / out / "spectrogram_vocoder" / "log.jsonl").read_text().splitlines()]
+    pair = lambda *more: [start(4, "two", *more, "--processes", "2", "--process", str(i), "--coordinator", f"localhost:{port}") for i in (0, 1)]
+
+    one = start(8, "one", "--steps", "6")
+    assert one.wait(200) == 0
+    port = free_port()
+    two = pair("--steps", "3")
+    assert [run.wait(200) for run in two] == [0, 0] and "step" not in two[1].stdout.read()
+    close([e["loss"] for e in log("two")], [e["loss"] for e in log("one")][:3], rtol=1e-4)
+    close([e["grad_norm"] for e in log("two")], [e["grad_norm"] for e in log("one")][:3], rtol=1e-3)
+
+    port = free_port()
+    two = pair("--steps", "100000", "--resume")
+    while "step 5/" not in two[0].stdout.readline():
+        assert two[0].poll() is None
+    two[1].kill()
+    begin = time.monotonic()
+    assert two[0].wait(60) != 0 and time.monotonic() - begin < 60
+    assert "another" in two[0].stderr.read()
+
+    saved = int(train.checkpoints(tmp_path / "two" / "spectrogram_vocoder")[-1].stem[-8:])
+    assert saved % 3 == 0
+    last = start(2, "two", "--steps", str(saved + 1), "--resume")
+    assert last.wait(200) == 0
+    by_step = {e["step"]: e["loss"] for e in log("two")}
+    close([by_step[n] for n in range(1, 7) if n in by_step], [e["loss"] for e in log("one") if e["step"] in by_step], rtol=1e-3)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def test_a_batch_that_does_not_divide_among_devices_is_refused_in_one_line(tmp_path, data):
+    run = subprocess.run([sys.executable, "-m", "train", "spectrogram_vocoder", "--tiny", "--data", str(data), "--out", str(tmp_path), "--batch-size",
+                          "6"], env=devices(4), cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert run.returncode == 2 and "--batch-size" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, of the extra tpu, is not installed")
+def test_the_tpu_compiler_accepts_the_sharding(capsys):
+    """A small model, split both ways, for four TPU v4, one sampling and one training step."""
+    mesh, chip = train.plan_mesh("v4:2x2x1", 2)
+    model = replace(n2m.MODELS["waveform_cascader"], unet=SHARDED["waveform_cascader"])
+    step, used = train.plan("small", sample.lower_step(model, mesh, 4, 0.06), 0, chip)
+    assert 0 < step < 1 and 0 < used < 0.1 and "all-reduce" in capsys.readouterr().out

@@ -17,7 +17,9 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
+import re
 import signal
 import sys
 import time
@@ -32,6 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import soundfile
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 import noise2music as n2m
 import t5_encoder
@@ -227,14 +231,18 @@ def memorised_example(track: Track, model: n2m.Model) -> Example:
     return Example(audio, track.long[0])
 
 
-def batches(make, batch_size: int, index: int, ahead: int = 4):
-    """Endless lists of examples from number `index` on, decoded by background threads `ahead` batches ahead."""
+def batches(make, batch_size: int, index: int, rows=None, ahead: int = 4):
+    """Endless lists of examples from number `index` on, decoded by background threads `ahead` batches ahead.
+
+    `rows` are those of a batch that this process decodes, all by default.
+    """
+    rows = range(batch_size) if rows is None else rows
     with ThreadPoolExecutor() as pool:
         queue = deque()
         try:
             while True:
                 while len(queue) <= ahead:
-                    queue.append(pool.map(make, range(index, index + batch_size)))
+                    queue.append(pool.map(make, [index + row for row in rows]))
                     index += batch_size
                 yield list(queue.popleft())
         finally:
@@ -267,6 +275,30 @@ def optimizer(c: n2m.TrainingConfig):
     return optax.adam(schedule, c.beta1, c.beta2)
 
 
+def state_layout(model: n2m.Model, mesh) -> State:
+    """How a State lies on a mesh: parameters by the first column of SHARDING, their average and Adam's moments by the second."""
+    now, rest, everywhere = n2m.shardings(model.unet, mesh, 0), n2m.shardings(model.unet, mesh, 1), NamedSharding(mesh, PartitionSpec())
+    adam, *others = jax.eval_shape(functools.partial(init_state, model, 0)).opt
+    adam = adam._replace(count=everywhere, mu=rest, nu=rest)
+    return State(now, rest, (adam, *jax.tree.map(lambda _: everywhere, others)), everywhere)
+
+
+def place(tree, layout):
+    """The arrays of a tree, the same in every process, on the devices of all of them."""
+    return jax.tree.map(lambda a, s: jax.make_array_from_callback(a.shape, s, np.asarray(a).__getitem__), tree, layout)
+
+
+def gather(a) -> np.ndarray:
+    """The whole of an array of which other processes hold parts. Every process must ask for it."""
+    return np.asarray(a if a.is_fully_addressable else multihost_utils.process_allgather(a, tiled=True))
+
+
+def on_mesh(tree, layout):
+    """Inside jit: `tree`, laid out as layout(mesh) says where a mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, layout(mesh))
+
+
 def init_state(model: n2m.Model, seed: int) -> State:
     params = n2m.init_params(jax.random.key(seed), model.unet)
     ema = jax.tree.map(jnp.copy, params)  # a copy, since `update` gives the state's memory away
@@ -279,9 +311,10 @@ def gradients(params, model, key, audio, text, text_mask, dtype, remat):
 
     def loss(params):
         losses, t = n2m.diffusion_loss(params, model, key, audio, text, text_mask, dtype, remat)
-        return losses.mean(), (losses, t)
+        return losses.mean(), (n2m.constrain(losses), n2m.constrain(t))  # whole, for every process to log
 
-    return jax.grad(loss, has_aux=True)(params)
+    grads, logged = jax.grad(loss, has_aux=True)(params)
+    return on_mesh(grads, lambda mesh: n2m.shardings(model.unet, mesh, 1)), logged
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -291,13 +324,25 @@ def update(state: State, model, grads):
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(c.ema, (1 + n) / (10 + n))  # departs: Sec. 4.1 has 0.9999 from the start; short runs need less
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-    return State(params, ema, opt, n + 1), optax.tree.norm(grads)
+    return on_mesh(State(params, ema, opt, n + 1), functools.partial(state_layout, model)), optax.tree.norm(grads)
 
 
-def train_step(state: State, model: n2m.Model, seed: int, audio, text, text_mask, accumulate, dtype, remat):
-    """One step on a batch, in `accumulate` parts of equal size. Returns the state, losses (B,), t (B,), gradient norm."""
+def process_rows(batch_size: int, accumulate: int) -> list[int]:
+    """The rows of a batch that this process reads: its share of each part, so that the batch is the same on any number."""
+    part, share = batch_size // accumulate, batch_size // accumulate // jax.process_count()
+    return [k * part + jax.process_index() * share + row for k in range(accumulate) for row in range(share)]
+
+
+def train_step(state: State, model: n2m.Model, seed: int, audio, text, text_mask, accumulate, dtype, remat, mesh=None):
+    """One step on a batch, in `accumulate` parts of equal size. Returns the state, losses (B,), t (B,), gradient norm.
+
+    With a mesh, which `jax.set_mesh` has set, the state lies on it, and the arrays hold the `process_rows` of the batch.
+    """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     parts = [None if a is None else np.split(a, accumulate) for a in (audio, text, text_mask)]
+    if mesh:
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        parts = [p and [jax.make_array_from_process_local_data(rows, a) for a in p] for p in parts]
     total, logged = None, []
     for k in range(accumulate):  # a Python loop: the gradient of a convolution is 50 times slower inside lax.scan on a CPU
         part = [None if p is None else p[k] for p in parts]
@@ -308,6 +353,48 @@ def train_step(state: State, model: n2m.Model, seed: int, audio, text, text_mask
     state, norm = update(state, model, grads)
     losses, t = (jnp.concatenate(a) for a in zip(*logged))
     return state, losses, t, norm
+
+
+# ---- Several processes (Sec. 4.1 trains with batches of 2048) ----
+
+
+def join_processes(args):
+    """Makes this process one of --processes, each with its own devices, that train together."""
+    if args.processes > 1:
+        if os.environ.get("JAX_PLATFORMS") == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(args.coordinator, args.processes, args.process, heartbeat_timeout_seconds=30)
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # one process speaks; warnings come from each
+
+
+def training_mesh(args, batch_size: int):
+    mesh = n2m.make_mesh(args.model_parallel)
+    check(jax.local_device_count() % args.model_parallel == 0,
+          f"--model-parallel {args.model_parallel} does not divide the {jax.local_device_count()} devices of a process")
+    args.accumulate = args.accumulate or default_parts(batch_size, mesh)
+    part = batch_size // args.accumulate
+    check(part % mesh.shape["data"] == 0, f"a batch of {batch_size} in {args.accumulate} parts does not divide among "
+                                          f"{mesh.shape['data']} groups of devices; choose another --batch-size or --accumulate")
+    return mesh
+
+
+def default_parts(batch_size: int, mesh) -> int:
+    """As few parts of a batch as leave a device 8 clips at once. choice: 8, which a TPU's convolutions want (`conv1d`)."""
+    across = mesh.shape["data"]
+    fits = [n for n in range(1, batch_size + 1) if batch_size % (n * across) == 0 and batch_size // (n * across) <= 8]
+    check(fits, f"a batch of {batch_size} does not divide among {across} groups of devices; choose another --batch-size")
+    return fits[0]
+
+
+def wait_for_all(what: str):
+    """A meeting point of all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def any_process(flag: bool) -> bool:
+    return bool(flag if jax.process_count() == 1 else multihost_utils.process_allgather(np.array(flag)).any())
 
 
 # ---- Checkpoints: one safetensors file each ----
@@ -327,8 +414,14 @@ def model_from_json(text: str) -> n2m.Model:
 
 
 def save_checkpoint(folder: Path, state: State, model: n2m.Model, metadata: dict) -> Path:
-    """Everything a run is: parameters, EMA, optimiser, step; configuration, seed and data position as metadata."""
+    """Everything a run is: parameters, EMA, optimiser, step; configuration, seed and data position as metadata.
+
+    Of several processes the first one writes.
+    """
     path = folder / f"checkpoint-{int(state.step):08d}.safetensors"
+    state = jax.tree.map(gather, state)
+    if jax.process_index():
+        return path
     metadata = {"model": json.dumps(dataclasses.asdict(model)), **{k: json.dumps(v) for k, v in metadata.items()}}
     t5_encoder.write_safetensors(path, dict(zip(*flatten(state))), metadata)
     for old in checkpoints(folder)[:-2]:
@@ -360,7 +453,7 @@ def restore(tree, tensors: dict, prefix: str, path: Path):
         array = tensors.get(prefix + name)
         check(array is not None and array.shape == leaf.shape,
               f"{path}: lacks {prefix + name} of shape {leaf.shape}; it is of another version or model")
-    return jax.tree.unflatten(jax.tree.structure(tree), [jnp.asarray(tensors[prefix + name]) for name in names])
+    return jax.tree.unflatten(jax.tree.structure(tree), [tensors[prefix + name] for name in names])
 
 
 def load_model(folder: Path, name: str, raw: bool = False):
@@ -380,11 +473,12 @@ def prepare_t5(folder: str | None, out: Path, captions, seed: int) -> tuple[t5_e
     """The text encoder of a run, and its folder where it is not OUT/t5: --t5, or OUT/t5, or a new random one there."""
     if folder:
         return t5_encoder.load_t5(folder), str(Path(folder).resolve())
-    if not (out / "t5").exists():
+    if not (out / "t5").exists() and jax.process_index() == 0:
         warn(f"no --t5: made a small random T5 encoder in {out / 't5'}; it tells prompts apart, but knows no English")
         out.mkdir(parents=True, exist_ok=True)
         t5_encoder.save_t5(out / "t5.part", t5_encoder.random_t5(captions, seed))
         (out / "t5.part").rename(out / "t5")
+    wait_for_all("t5")
     return t5_encoder.load_t5(out / "t5"), None
 
 
@@ -456,22 +550,25 @@ def open_log(path: Path, step: int):
     return path.open("a")
 
 
-def train(args, model, state, metadata, make, encode, folder: Path):
+def train(args, model, state, metadata, make, encode, folder: Path, mesh):
     """The loop: step, log, sample, save; until the last step, a signal, or a loss that is not finite."""
     c, stop = model.training, []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one saves and stops, a second one stops at once
         signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
     dtype = jnp.bfloat16 if args.bf16 else jnp.float32
     first, pending, clock, step = make(0), [], time.monotonic(), int(state.step)
-    log = open_log(folder / "log.jsonl", step)
+    log = open(os.devnull, "w") if jax.process_index() else open_log(folder / "log.jsonl", step)
+    rows = process_rows(c.batch_size, args.accumulate)
     print(f"training to step {c.steps}; the first step compiles", flush=True)
-    for examples in batches(make, c.batch_size, metadata["index"]):
+    for examples in batches(make, c.batch_size, metadata["index"], rows):
         audio = np.stack([e.audio for e in examples])
         text, text_mask = encode([e.text for e in examples]) if encode else (None, None)
-        state, *logged = train_step(state, model, metadata["seed"], audio, text, text_mask, args.accumulate, dtype, args.remat)
+        with jax.set_mesh(mesh):
+            state, *logged = train_step(state, model, metadata["seed"], audio, text, text_mask, args.accumulate, dtype,
+                                        args.remat, mesh)
         step, metadata["index"] = step + 1, metadata["index"] + c.batch_size
         pending.append((step, *logged))
-        last = step == c.steps or bool(stop)
+        last = step == c.steps or (step % args.log_every == 0 or jax.process_count() == 1) and any_process(bool(stop))
         sampling = args.sample_every and step % args.sample_every == 0 or args.overfit and step == c.steps
         saving = step % args.save_every == 0 or last
         if step % args.log_every == 0 or sampling or saving:
@@ -482,11 +579,13 @@ def train(args, model, state, metadata, make, encode, folder: Path):
         if saving:
             path = save_checkpoint(folder, state, model, metadata)
         if sampling:
-            text, text_mask = encode([first.text]) if encode else (None, None)
-            sampled, correlation = preview(state.ema, model, first.audio, text, text_mask, step)
-            wav = folder / f"sample-{step:08d}.wav"
-            write_wav(wav, np.asarray(sampled), n2m.MEL_RATE if n2m.writes_log_mel(model) else model.rate)
-            print(f"{wav}: correlation with the {'memorised clip' if args.overfit else 'first clip'} {correlation:.3f}")
+            params = jax.tree.map(gather, state.ema)
+            if jax.process_index() == 0:
+                text, text_mask = encode([first.text]) if encode else (None, None)
+                sampled, correlation = preview(params, model, first.audio, text, text_mask, step)
+                wav = folder / f"sample-{step:08d}.wav"
+                write_wav(wav, np.asarray(sampled), n2m.MEL_RATE if n2m.writes_log_mel(model) else model.rate)
+                print(f"{wav}: correlation with the {'memorised clip' if args.overfit else 'first clip'} {correlation:.3f}")
         if not pending:
             clock = time.monotonic()
         if last:
@@ -494,6 +593,104 @@ def train(args, model, state, metadata, make, encode, folder: Path):
     if stop and step < c.steps:
         fail(f"stopped at step {step}, saved as {path}; --resume goes on from there", status=128 + stop[0])
     print(f"done: {path}")
+
+
+# ---- The plan: what a TPU that is not here would need, by its own compiler (Secs. 4.1 and 4.2.2) ----
+
+
+class Chip(NamedTuple):
+    flops: float  # a second, of bfloat16
+    hbm: float  # bytes a second
+    links: float  # bytes a second, to the other chips
+    memory: float  # GiB
+
+
+CHIPS = {"v4": Chip(275e12, 1.2e12, 0.3e12, 32)}  # Jouppi et al. (2023); for another kind, a row
+
+PLAN_HEADER = (f"{'model':25s} {'params':>8s} {'arithmetic':>11s} {'HBM traffic':>12s} {'collectives':>12s} {'step':>10s} "
+               f"{'HBM a chip':>11s} {'compiled in':>12s}")
+
+
+def plan_mesh(topology: str, model_parallel: int):
+    """(mesh, Chip) of a TPU such as v4:2x2x1, for compilation only. Needs libtpu, and no TPU."""
+    kind = topology.partition(":")[0]
+    check(kind in CHIPS, f"--plan: {topology!r} is not KIND:AxBxC with a kind of {', '.join(CHIPS)} (CHIPS in train.py)")
+    # What libtpu otherwise asks of the machine that it takes for a TPU's host.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": f"{kind}-8", "TPU_WORKER_HOSTNAMES": "localhost",
+                   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        from jax.experimental import topologies
+
+        devices = topologies.get_topology_desc(topology, "tpu", chip_config_name="megacore").devices
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"--plan {topology}: {reason}; it needs libtpu (pip install 'jax[tpu]'), and a shape such as v4:2x2x1") from None
+    return n2m.make_mesh(model_parallel, devices), CHIPS[kind]
+
+
+def shaped(mesh, shape, dtype, *axes):
+    """An array that is not there, laid out by SHARDING: what a program is compiled for."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, n2m.partition(mesh, shape, axes)))
+
+
+def collectives(hlo: str) -> tuple[dict, int]:
+    """How many collectives of each kind a compiled program has, and the bytes they put on a chip's links."""
+    size = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+    counts, total = {}, 0
+    for result, kind in re.findall(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", hlo):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
+        sent = sum(size.get(t, 4) * math.prod(int(d) for d in dims.split(",") if d) for t, dims in arrays)
+        counts[kind] = counts.get(kind, 0) + 1
+        total += sent * (2 if kind == "all-reduce" else 1)  # a ring reduces, then gathers
+    return counts, total
+
+
+def plan(name: str, lowered, params: float, chip: Chip, repeat: int = 1, beside: str = ""):
+    """Compiles a program, prints its row of the plan, and returns (ms a run, GiB a chip).
+
+    The time is what a chip needs for the larger of its arithmetic and its memory traffic, and for its collectives
+    after that; `repeat` counts the runs in a step.
+    """
+    begin = time.monotonic()
+    compiled = lowered.compile()
+    seconds = time.monotonic() - begin
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    counts, sent = collectives(compiled.as_text())
+    arithmetic, traffic, links = (1e3 * repeat * a for a in (
+        cost["flops"] / chip.flops, cost["bytes accessed"] / chip.hbm, sent / chip.links))
+    step = max(arithmetic, traffic) + links
+    used = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes) / 2**30
+    print(f"{name:25s} {params / 1e6:6.1f} M {arithmetic:8.1f} ms {traffic:9.1f} ms {links:9.2f} ms {step:7.1f} ms "
+          f"{used:7.2f} GiB {seconds:10.0f} s   " + (" + ".join(f"{n} {k}" for k, n in counts.items()) or "no collectives") + beside, flush=True)
+    check(used <= chip.memory, f"{name}: {used:.1f} GiB do not fit a chip of {chip.memory} GiB; a larger --accumulate or topology does")
+    return step, used
+
+
+def print_plan(args):
+    """What a step of a model of the paper takes on a TPU that need not be there."""
+    mesh, chip = plan_mesh(args.plan, args.model_parallel)
+    model = configure(args, n2m.MODELS[args.model])
+    c, cfg, n = model.training, model.unet, n2m.param_count(args.model)
+    parts = args.accumulate or default_parts(c.batch_size, mesh)
+    part = c.batch_size // parts
+    model = n2m.in_pieces(model, part // mesh.shape["data"], round(c.seconds * model.rate))
+    batch = [shaped(mesh, (part, round(c.seconds * model.audio_rate)), jnp.float32, "batch"), None, None]
+    if n2m.uses_text(model):
+        batch[1:] = [shaped(mesh, (part, c.token_length, cfg.text_width), jnp.float32, "batch"),
+                     shaped(mesh, (part, c.token_length), jnp.bool_, "batch")]
+    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+                         jax.eval_shape(functools.partial(init_state, model, 0)), state_layout(model, mesh))
+    print(f"one training step of {c.batch_size} clips of {c.seconds:g} s on {args.plan}, bfloat16, in {parts} parts, "
+          f"{part // mesh.shape['data']} clips a chip at once\n{PLAN_HEADER}")
+    with jax.set_mesh(mesh):
+        lowered = gradients.lower(state.params, model, jax.eval_shape(jax.random.key, 0), *batch, jnp.bfloat16, True)
+        step, used = plan(f"gradients x {parts}", lowered, n, chip, parts)
+        lowered = update.lower(state, model, state.ema)  # gradients lie as their averages do
+        step += plan("update", lowered, n, chip)[0]
+    days = step / 1e3 * c.steps / 86400
+    print(f"{args.model}: {step:.0f} ms a step, {days:.1f} days for the {c.steps} steps of Table 2")
 
 
 # ---- The command line ----
@@ -511,13 +708,23 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see --help")
     parser.add_argument("model", choices=n2m.NAMES, metavar="MODEL", help="one of " + ", ".join(n2m.NAMES))
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, metavar="DIR", help="folder of audio and captions")
     source.add_argument("--overfit", type=Path, metavar="FILE", help="memorise one clip: if this fails, nothing else will work")
-    parser.add_argument("--out", type=Path, required=True, metavar="RUNS", help="folder of all runs; this one goes into RUNS/MODEL")
+    parser.add_argument("--out", type=Path, metavar="RUNS", help="folder of all runs; this one goes into RUNS/MODEL")
     parser.add_argument("--tiny", action="store_true", help="a small variant of the model, for a CPU")
     parser.add_argument("--t5", metavar="DIR", help="T5 encoder, Hugging Face's layout (default: RUNS/t5, made at random if absent)")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="split a batch into N parts to save memory")
+    many = parser.add_argument_group("many devices: one process uses all it sees; or several, each with the same command but --process")
+    many.add_argument("--model-parallel", type=int, default=1, metavar="N", help="devices that share a matrix (default: 1); the rest "
+                      "share the batch")
+    many.add_argument("--processes", type=int, default=1, metavar="N", help="how many processes train together, on a shared --out")
+    many.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens; a TPU pod needs none of the last three but "
+                      "--processes")
+    parser.add_argument("--plan", metavar="TPU", help="compile a step of the paper's model for a TPU such as v4:4x4x4, say what it "
+                        "takes, and stop")
+    parser.add_argument("--accumulate", type=int, metavar="N", help="split a batch into N parts to save memory (default: as few as "
+                        "leave a device 8 clips at once)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; parameters stay float32")
     parser.add_argument("--remat", action="store_true", help="recompute blocks in the backward pass to save memory")
     parser.add_argument("--seed", type=int, help="of the parameters, the noise and the order of the data (default: 0)")
@@ -532,9 +739,11 @@ def parse_args(argv=None):
             table.add_argument("--" + field.name.replace("_", "-"), type=field.type, metavar="X",
                                help=f"{OVERRIDES[field.name]} (paper: {default})")
     args = parser.parse_args(argv)
+    if not args.plan and (args.out is None or args.data is None and args.overfit is None):
+        parser.error("give --out and one of --data and --overfit")
     if not 0 <= (args.seed or 0) < 2**63:
         parser.error(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
-    for name in ("accumulate", "log_every", "save_every", "steps", "batch_size", "seconds", "decay_steps", "learning_rate"):
+    for name in ("accumulate", "model_parallel", "processes", "log_every", "save_every", "steps", "batch_size", "seconds", "decay_steps", "learning_rate"):
         if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")
     return args
@@ -546,7 +755,7 @@ def configure(args, model: n2m.Model) -> n2m.Model:
     training = dataclasses.replace(model.training, **changes)
     check(training.noise_schedule in n2m.SCHEDULES and training.loss_weight in n2m.LOSS_WEIGHTS,
           f"--noise-schedule is one of {', '.join(n2m.SCHEDULES)}; --loss-weight one of {', '.join(n2m.LOSS_WEIGHTS)}")
-    check(training.batch_size % args.accumulate == 0,
+    check(training.batch_size % (args.accumulate or 1) == 0,
           f"--accumulate {args.accumulate} does not divide the batch size {training.batch_size}")
     check(0 <= training.warmup_steps < training.decay_steps, "--warmup-steps must be below --decay-steps")
     check(training.seconds <= CLIP_SECONDS, f"--seconds {training.seconds} is longer than a clip of {CLIP_SECONDS} s")
@@ -605,11 +814,13 @@ def prepare(args):
         state = restore(shapes, tensors, "", checkpoints(folder)[-1])
     else:
         state = init_state(model, metadata["seed"])
+    mesh = training_mesh(args, model.training.batch_size)
+    state = place(state, state_layout(model, mesh))
     folder.mkdir(parents=True, exist_ok=True)
     n = n2m.param_count(model)
     print(f"{model.name}: {n / 1e6:.1f} M parameters, {n * 16 / 2**30:.2f} GiB with their average and Adam's moments, "
-          f"on {jax.devices()[0].device_kind}")
-    return model, state, metadata, make, encode, folder
+          f"on {mesh.size} x {jax.devices()[0].device_kind}")
+    return model, state, metadata, make, encode, folder, mesh
 
 
 def run_command(run, args):
@@ -622,14 +833,27 @@ def run_command(run, args):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "noise2music"))
     try:
         run(args)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        warn(f"process {jax.process_index()}: another process of this run has ended, so this one ends too; start all of them again "
+             f"with --resume ({str(error).splitlines()[0][:80]})")
+        os._exit(1)  # not through the shutdown that would wait for it
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:  # python -X dev shows where
             raise
         fail(" ".join(str(error).split()))
 
 
+def run(args):
+    if args.plan:
+        return print_plan(args)
+    join_processes(args)
+    train(args, *prepare(args))
+
+
 def main(argv=None):
-    run_command(lambda args: train(args, *prepare(args)), parse_args(argv))
+    run_command(run, parse_args(argv))
 
 
 if __name__ == "__main__":

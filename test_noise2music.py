@@ -625,6 +625,20 @@ def test_each_piece_is_padded_to_whole_frames(segments, multiple):
     assert n2m.padded_length(small_unet(segments=segments), multiple + 1) == 2 * multiple
 
 
+@pytest.mark.parametrize("left", [None, 0, 1])
+@pytest.mark.parametrize("taps", [2, 5])
+@pytest.mark.parametrize("t", [1, 4, 5, 9])  # shorter than the kernel, as long, longer
+def test_conv1d_against_its_definition(t, taps, left):
+    x, w, b = normal(2, t, 3), normal(taps, 3, 4, seed=1), normal(4, seed=2)
+    shift = (taps - 1) // 2 if left is None else left
+    expected = np.zeros((2, t, 4)) + np.asarray(b)
+    for i in range(t):
+        for k in range(taps):
+            if 0 <= i + k - shift < t:
+                expected[:, i] += np.asarray(x[:, i + k - shift] @ w[k])
+    close(n2m.conv1d({"w": w, "b": b}, x, left=left), expected, atol=1e-5)
+
+
 def test_nothing_drifts_in_time():
     """A folding by 3, 2 and back is the identity: the samples return to their places."""
     x = normal(1, 30, 1)

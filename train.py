@@ -231,18 +231,29 @@ def memorised_example(track: Track, model: n2m.Model) -> Example:
     return Example(audio, track.long[0])
 
 
-def batches(make, batch_size: int, index: int, rows=None, ahead: int = 4):
+THREADS = os.cpu_count() or 1  # that decode
+
+
+def batches(make, batch_size: int, index: int, rows=None, seconds=None, ahead: int = 4):
     """Endless lists of examples from number `index` on, decoded by background threads `ahead` batches ahead.
 
-    `rows` are those of a batch that this process decodes, all by default.
+    `rows` are those of a batch that this process decodes, all by default; `seconds` collects what each example took.
     """
     rows = range(batch_size) if rows is None else rows
-    with ThreadPoolExecutor() as pool:
+
+    def timed(index):
+        begin = time.perf_counter()
+        example = make(index)
+        if seconds is not None:
+            seconds.append(time.perf_counter() - begin)
+        return example
+
+    with ThreadPoolExecutor(THREADS) as pool:
         queue = deque()
         try:
             while True:
                 while len(queue) <= ahead:
-                    queue.append(pool.map(make, [index + row for row in rows]))
+                    queue.append(pool.map(timed, [index + row for row in rows]))
                     index += batch_size
                 yield list(queue.popleft())
         finally:
@@ -524,8 +535,11 @@ def check_finite(pending, folder: Path):
                  f"{kept[0]}. Go on from it with --resume and a lower --learning-rate", status=1)
 
 
-def report(pending, seconds, steps: int, log):
-    """Prints a progress line, and appends it to log.jsonl, on what `pending` holds: (step, losses, t, norm) a step."""
+def report(pending, seconds, decoding, steps: int, log):
+    """Prints a progress line, and appends it to log.jsonl, on what `pending` holds: (step, losses, t, norm) a step.
+
+    `decoding` holds the seconds that the last clips took to decode: their rate should be above that of the steps.
+    """
     steps_done, losses, t, norms = zip(*pending)
     losses, t = np.concatenate(losses), np.concatenate(t)
     step, rate = steps_done[-1], len(losses) / seconds
@@ -533,13 +547,13 @@ def report(pending, seconds, steps: int, log):
     quarters = [losses[(t >= q / 4) & (t < (q + 1) / 4)] for q in range(4)]
     quarters = [float(q.mean()) if q.size else None for q in quarters]
     entry = dict(step=step, loss=float(losses.mean()), loss_by_quarter_of_t=quarters,
-                 grad_norm=float(np.mean(norms)), clips_per_second=rate)
+                 grad_norm=float(np.mean(norms)), clips_per_second=rate, decoded_per_second=THREADS * len(decoding) / sum(decoding))
     log.write(json.dumps(entry) + "\n")
     log.flush()
     quarters = " ".join("-" if q is None else f"{q:.4f}" for q in quarters)
     eta = time.strftime("%H:%M:%S", time.gmtime((steps - step) * seconds / len(pending)))
     print(f"step {step}/{steps}  loss {entry['loss']:.4f} by t [{quarters}]  grad {entry['grad_norm']:.3f}  "
-          f"{rate:.1f} clips/s  ETA {eta}", flush=True)
+          f"{rate:.1f} clips/s (decoder {entry['decoded_per_second']:.0f})  ETA {eta}", flush=True)
 
 
 def open_log(path: Path, step: int):
@@ -558,9 +572,9 @@ def train(args, model, state, metadata, make, encode, folder: Path, mesh):
     dtype = jnp.bfloat16 if args.bf16 else jnp.float32
     first, pending, clock, step = make(0), [], time.monotonic(), int(state.step)
     log = open(os.devnull, "w") if jax.process_index() else open_log(folder / "log.jsonl", step)
-    rows = process_rows(c.batch_size, args.accumulate)
+    rows, decoding = process_rows(c.batch_size, args.accumulate), deque(maxlen=1000)
     print(f"training to step {c.steps}; the first step compiles", flush=True)
-    for examples in batches(make, c.batch_size, metadata["index"], rows):
+    for examples in batches(make, c.batch_size, metadata["index"], rows, decoding):
         audio = np.stack([e.audio for e in examples])
         text, text_mask = encode([e.text for e in examples]) if encode else (None, None)
         with jax.set_mesh(mesh):
@@ -574,7 +588,7 @@ def train(args, model, state, metadata, make, encode, folder: Path, mesh):
         if step % args.log_every == 0 or sampling or saving:
             pending = [(n, *map(np.asarray, values)) for n, *values in pending]
             check_finite(pending, folder)
-            report(pending, time.monotonic() - clock, c.steps, log)
+            report(pending, time.monotonic() - clock, decoding, c.steps, log)
             pending = []
         if saving:
             path = save_checkpoint(folder, state, model, metadata)

@@ -2097,6 +2097,12 @@ def test_the_table_lays_out_parameters_and_state():
     assert n2m.partition(mesh, (3, 2, 16), ("taps", "channels", "channels"), 1) == jax.P(None, None, "data")  # 2 does not divide
 
 
+@pytest.mark.parametrize("rows, length, segments", [(1, 720_000, 8), (2, 720_000, 4), (16, 720_000, 1), (1, 256 * 4 * 3, 4), (1, 300, 1)])
+def test_pieces_make_eight_rows_and_are_not_shorter_than_a_kernel_reaches(rows, length, segments):
+    model = n2m.in_pieces(n2m.MODELS["superresolution_cascader"], rows, length)
+    assert model.unet.segments == segments
+
+
 def test_the_rows_of_all_processes_are_the_batch(monkeypatch):
     """Each reads its share of every part."""
     monkeypatch.setattr(jax, "process_count", lambda: 3)

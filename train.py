@@ -372,8 +372,6 @@ def train_step(state: State, model: n2m.Model, seed: int, audio, text, text_mask
 def join_processes(args):
     """Makes this process one of --processes, each with its own devices, that train together."""
     if args.processes > 1:
-        if os.environ.get("JAX_PLATFORMS") == "cpu":
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(args.coordinator, args.processes, args.process, heartbeat_timeout_seconds=30)
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # one process speaks; warnings come from each
@@ -757,6 +755,8 @@ def parse_args(argv=None):
         parser.error("give --out and one of --data and --overfit")
     if not 0 <= (args.seed or 0) < 2**63:
         parser.error(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
+    if args.process is not None and not 0 <= args.process < args.processes:
+        parser.error(f"--process must be from 0 to {args.processes - 1}, not {args.process}")
     for name in ("accumulate", "model_parallel", "processes", "log_every", "save_every", "steps", "batch_size", "seconds", "decay_steps", "learning_rate"):
         if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")

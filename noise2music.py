@@ -8,6 +8,8 @@
     Figs. 5 and 1         the block and the 1D Efficient U-Net
     Secs. 3.3, 4.1        what the cascaded models are conditioned on, and how that is augmented
     Secs. 3.3, 4.2.1      both routes from prompts to 24 kHz audio
+    Sec. 3.5              pseudo-labels
+    Sec. 4.3.2            Frechet audio distance and similarity
     Sec. 4.2.2            how all of it is laid out on many devices
 
 Comments point into the paper (`Eq. 4`, `Sec. 4.1`, `Table 9`, `Fig. 5`). Where it is silent they say `choice:`, where
@@ -919,6 +921,150 @@ def generate(prompts, weights, encode_text, route="waveform", seconds=30.0, seed
         x = sample(params, model, condition, keys, padded_length(model.unet, length), dtype, report)[:, :length]
         outputs[name] = previous = x if writes_log_mel(model) else x[:, :, 0]
     return outputs
+
+
+# ---- Pseudo-labels (Sec. 3.5) ----
+# The joint embedding of the paper, MuLan, is not public: here are arrays that the user brings, and what is done with them.
+
+CAPTION_BLOCK, CAPTION_GROUP = 16_384, 64  # captions read at a time; captions that share a maximum in `_merge_top`
+
+
+def windows(audio) -> np.ndarray:
+    """Sec. 3.5: "segmenting the clip into non-overlapping 10-second windows". audio (samples,) at 16 kHz -> (W, 160_000).
+
+    choice: a rest of 5 s or more, like a clip under 10 s, is filled up with silence; a shorter rest is left out.
+    """
+    size = 10 * MEL_RATE
+    n = max(1, (len(audio) + size // 2) // size)
+    return np.pad(audio[: n * size], (0, max(0, n * size - len(audio)))).reshape(n, size)
+
+
+def unit(x, xp=jnp):
+    """x (..., E) divided by its length, so that a product is a cosine. numerics: 0 stays 0."""
+    return x / xp.maximum(xp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
+
+
+@jax.jit
+def _merge_top(best, index, clips, captions, start, end):
+    """The top K so far, scores and indices (N, K), after one more block of captions (M, E), numbers start..start + M.
+
+    numerics: none but the K groups of captions with the highest maxima can hold one of the top K, so few scores are ever
+    sorted. Exact: of equal scores the lower index wins, among groups (which is why they are sorted) as among captions.
+    """
+    k, numbers = best.shape[1], start + jnp.arange(len(captions)).reshape(-1, CAPTION_GROUP)
+    captions = unit(captions)
+
+    def one_clip(best_index_clip):
+        best, index, clip = best_index_clip
+        scores = jnp.dot(captions, clip, precision="highest").reshape(numbers.shape)  # (M / 64, 64)
+        scores = jnp.where(numbers < end, scores, -jnp.inf)  # beyond `end` is padding
+        groups = jnp.sort(lax.top_k(scores.max(axis=1), k)[1])  # (K,)
+        best, place = lax.top_k(jnp.concatenate([best, scores[groups].ravel()]), k)
+        return best, jnp.concatenate([index, numbers[groups].ravel()])[place]
+
+    return lax.map(one_clip, (best, index, unit(clips)), batch_size=256)
+
+
+def top_captions(captions, clips, k: int = 10) -> np.ndarray:
+    """Sec. 3.5: "the top K captions that are closest to the audio in the embedding space", by cosine. K = 10.
+
+    captions (M, E), read in blocks, so that a np.memmap of any length will do; clips (N, E), each the average of the
+    embeddings of its non-overlapping 10-second windows. Returns indices (N, k), closest first; of equals the first.
+    Memory beside `clips`: about 20 MB of scores and 20 N k bytes.
+    """
+    assert clips.shape[1] == captions.shape[1] and k <= min(len(captions), CAPTION_BLOCK // CAPTION_GROUP)
+    clips = jnp.asarray(clips, jnp.float32)
+    best, index = jnp.full((len(clips), k), -jnp.inf), jnp.zeros((len(clips), k), jnp.int32)
+    for start in range(0, len(captions), CAPTION_BLOCK):
+        block = np.asarray(captions[start : start + CAPTION_BLOCK], np.float32)
+        block = np.pad(block, [(0, CAPTION_BLOCK - len(block)), (0, 0)])  # one shape, one compilation
+        best, index = _merge_top(best, index, clips, block, start, len(captions))
+    return np.asarray(index)
+
+
+def draw_captions(top, k_prime: int, seed) -> np.ndarray:
+    """Sec. 3.5: "for each clip further sample K' out of the K captions with probabilities inverse to the frequency counts".
+
+    top (N, K) of `top_captions` for all clips of the data set, over which the captions are counted. Returns (N, K'), of
+    each clip's the closest first: a function of the seed, the counts and the number of the clip.
+    choice: without replacement, one after the other. numerics: as a race: of exponential times with the rates 1 / count,
+    the first K' are distributed as K' such draws.
+    """
+    counts = np.bincount(top.ravel())
+    times = -np.log1p(-np.random.default_rng(seed).random(top.shape)) * counts[top]
+    first = np.sort(np.argsort(times, axis=1)[:, :k_prime], axis=1)
+    return np.take_along_axis(top, first, axis=1)
+
+
+# ---- Metrics (Sec. 4.3.2) ----
+# An embedder is any function of audio (B, samples), float32 at 16 kHz, to embeddings, clip-wise (B, E) or frame-wise
+# (B, F, E). VGGish, Trill and MuLan, the paper's three, are not here.
+
+
+@jax.jit
+def log_mel_statistics(audio):
+    """An embedder to try things with: the mean and the deviation of each log-mel channel in each second. -> (B, F, 160).
+
+    Not in the paper. It knows loudness and spectrum and nothing of music: its FAD compares with no published one.
+    """
+    seconds = audio.shape[1] // MEL_RATE
+    frames = log_mel(audio)[:, : 100 * seconds].reshape(len(audio), seconds, 100, MEL_CHANNELS)
+    return jnp.concatenate([frames.mean(axis=2), frames.std(axis=2)], axis=-1)
+
+
+class Gaussian(NamedTuple):
+    mean: np.ndarray  # (E,)
+    root: np.ndarray  # (E, E), with root @ root.T the covariance
+
+
+def gaussian(x) -> Gaussian:
+    """Sec. 4.3.2: "assuming that the distribution of the embeddings from each set are Gaussian". x (N, E), N > 1; float64.
+
+    choice: the covariance, as in Kilgour et al. (2018), over N - 1; the text says "correlation matrix".
+    """
+    x = np.asarray(x, np.float64)
+    values, vectors = np.linalg.eigh(np.atleast_2d(np.cov(x, rowvar=False)))
+    return Gaussian(x.mean(axis=0), vectors * np.sqrt(np.maximum(values, 0)))
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """FAD (Kilgour et al., 2018): |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Not negative.
+
+    numerics: the trace of the last root is the sum of the singular values of root_a^T root_b: nothing is squared and
+    rooted again, so that covariances without full rank, fewer clips than dimensions, lose no digits.
+    """
+    shared = np.linalg.svd(a.root.T @ b.root, compute_uv=False).sum()
+    return max(0.0, float(np.sum((a.mean - b.mean) ** 2) + np.sum(a.root**2) + np.sum(b.root**2) - 2 * shared))
+
+
+def fad_infinity(x, reference: Gaussian, seed: int = 0, sizes: int = 15) -> float:
+    """FAD extrapolated to infinitely many generated x (N, E): a line through FAD against 1 / n, read off at 0.
+
+    Not in the paper (Chong & Forsyth, 2020; for FAD, Gui et al., 2023). The reference stays as it is. choice: 15 sizes
+    from N / 4 to N, drawn without replacement (with it the limit is the FAD of these very N). Noise can make it negative.
+    """
+    n = np.linspace(len(x) // 4, len(x), sizes).astype(int)
+    draw = np.random.default_rng(seed)
+    fads = [frechet_distance(gaussian(draw.choice(x, size, replace=False)), reference) for size in n]
+    return float(np.polyfit(1 / n, fads, 1)[1])
+
+
+def similarity(a, b) -> float:
+    """Sec. 4.3.2: the cosine of the embeddings of two entities, averaged over the pairs. a, b (N, E)."""
+    return float(np.mean(np.sum(unit(np.asarray(a, np.float64), np) * unit(np.asarray(b, np.float64), np), axis=1)))
+
+
+def table_6(generated, ground_truth, text=None, seed: int = 0) -> dict:
+    """A part of Table 6 from the embeddings (N, E), N > 1, of pairs: {row: {column: average similarity}}.
+
+    choice: the shuffle is one random cycle through all clips, so that none is paired with itself.
+    """
+    order = np.random.default_rng(seed).permutation(len(ground_truth))
+    shuffled = np.empty_like(ground_truth)
+    shuffled[order] = ground_truth[np.roll(order, 1)]
+    rows = {"ground truth audio": ground_truth, "randomly shuffled audio": shuffled, "generated audio": generated}
+    columns = {"gt-text": text, "gt-audio": ground_truth}
+    return {row: {name: similarity(a, b) for name, b in columns.items() if b is not None} for row, a in rows.items()}
 
 
 # ---- Sharding (Sec. 4.2.2) ----

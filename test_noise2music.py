@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -1755,7 +1756,7 @@ def test_txt_captions(tmp_path, capfd):
     (tmp_path / "a.txt").write_text("first caption\n\nsecond caption\n")
     (tmp_path / "c.txt").write_text("about nothing")
     (track,) = train.read_tracks(tmp_path, needs_text=True)
-    assert track == (tmp_path / "a.wav", ("first caption", "second caption"), ())
+    assert track == (tmp_path / "a.wav", ("first caption", "second caption"), (), None)
     err = capfd.readouterr().err
     assert "b.wav: audio without a caption" in err and "c.txt: a caption without audio" in err
     assert len(train.read_tracks(tmp_path, needs_text=False)) == 2  # the vocoder needs no captions
@@ -1883,7 +1884,7 @@ def test_training_refuses_in_one_line(tmp_path, data, capfd, small_models):
     assert not (tmp_path / "runs" / "waveform_generator").exists()
     only_bad = manifest(tmp_path / "bad", {"audio": "a.wav", "long": ["x"]})
     (only_bad / "a.wav").write_bytes(b"RIFF....WAVE")
-    assert "nothing to train on" in fails(*base, "--data", only_bad)
+    assert "unusable" in fails(*base, "--data", only_bad)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data, capfd, small_models):
@@ -2167,3 +2168,95 @@ def test_the_tpu_compiler_accepts_the_sharding(capsys):
     model = replace(n2m.MODELS["waveform_cascader"], unet=SHARDED["waveform_cascader"])
     step, used = train.plan("small", sample.lower_step(model, mesh, 4, 0.06), 0, chip)
     assert 0 < step < 1 and 0 < used < 0.1 and "all-reduce" in capsys.readouterr().out
+
+
+# ---- noise2music.py: pseudo-labels and metrics, Secs. 3.5 and 4.3.2 ----
+
+
+def test_top_captions_by_hand():
+    """Cosines, not products; of equals the lower index; blocks of captions merged."""
+    captions = np.array([[0, 5], [1, 0], [2, 0], [1, 1], [-1, 0], [0, 0]], np.float32)
+    clips = np.array([[3, 0], [0, 0.1], [-1, 1]], np.float32)
+    assert n2m.top_captions(captions, clips, 3).tolist() == [[1, 2, 3], [0, 3, 1], [0, 4, 3]]
+
+
+@pytest.mark.parametrize("m", [37, 16_384, 40_001])
+def test_top_captions_against_a_sort(m):
+    captions, clips = np.float32(rng().normal(size=(m, 8))), np.float32(rng(1).normal(size=(5, 8)))
+    captions[m // 2] = captions[m // 3]  # an exact tie
+    cosine = (clips.astype(np.float64) / np.linalg.norm(clips, axis=1)[:, None]) @ (captions.astype(np.float64) / np.linalg.norm(captions, axis=1)[:, None]).T
+    expected = np.sort(cosine, axis=1)[:, ::-1][:, :10]
+    top = n2m.top_captions(captions, clips)
+    close(np.take_along_axis(cosine, top, axis=1), expected, atol=1e-6)
+    assert all(len(set(row)) == 10 for row in top.tolist())
+
+
+def test_captions_are_drawn_with_probabilities_inverse_to_their_counts():
+    """Three of four, one after the other, by the first draw's and the left-out one's distribution (chi-squared, 3 degrees)."""
+    counts, n = np.array([1, 2, 4, 9]), 4000
+    top = np.tile([0, 1, 2, 3], (n, 1))
+    padding = np.repeat(np.arange(4), n * counts).reshape(-1, 4)  # other clips, whose captions are counted too
+    everything = np.concatenate([top, padding])
+    weight = 1 / np.bincount(everything.ravel())
+    weight /= weight.sum()
+    drawn = n2m.draw_captions(everything, 1, seed=7)[:n, 0]
+    expected = n * weight
+    assert np.sum((np.bincount(drawn, minlength=4) - expected) ** 2 / expected) < 16.3  # the 99.9 % point
+    three = n2m.draw_captions(everything, 3, seed=8)[:n]
+    assert (np.diff(three, axis=1) > 0).all()  # no caption twice, the closest first
+    left_out = 6 - three.sum(axis=1)
+    last = np.zeros(4)
+    for order in itertools.permutations(range(4)):  # the probability that each is the one left
+        p, rest = 1.0, 1.0
+        for c in order[:3]:
+            p, rest = p * weight[c] / rest, rest - weight[c]
+        last[order[3]] += p
+    assert np.sum((np.bincount(left_out, minlength=4) - n * last) ** 2 / (n * last)) < 16.3
+    assert (n2m.draw_captions(everything, 3, seed=8) == n2m.draw_captions(everything, 3, seed=8)).all()
+
+
+def test_fad_of_a_set_with_itself_and_of_shifted_gaussians():
+    a = n2m.gaussian(rng().normal(size=(500, 6)))
+    assert n2m.frechet_distance(a, a) < 1e-9
+    shift = np.arange(6.0)
+    close(n2m.frechet_distance(a, a._replace(mean=a.mean + shift)), shift @ shift, rtol=1e-9)
+    one, three = n2m.Gaussian(np.zeros(4), np.eye(4)), n2m.Gaussian(np.zeros(4), 3 * np.eye(4))
+    close(n2m.frechet_distance(one, three), 4 * (3 - 1) ** 2)  # per dimension (s_a - s_b)^2
+
+
+def test_fad_of_fewer_clips_than_dimensions_is_finite_and_not_negative():
+    a, b = (n2m.gaussian(rng(k).normal(size=(5, 40))) for k in (0, 1))
+    assert np.isfinite(n2m.frechet_distance(a, b)) and n2m.frechet_distance(a, b) > 0 and 0 <= n2m.frechet_distance(a, a) < 1e-9
+
+
+@reference
+def test_fad_against_the_square_root_of_scipy():
+    linalg = pytest.importorskip("scipy.linalg", reason="FAD is compared with scipy's matrix square root")
+    x, y = rng().normal(size=(400, 12)), rng(1).normal(size=(300, 12)) @ np.diag(np.linspace(0.5, 2, 12)) + 0.3
+    root = linalg.sqrtm(np.cov(x.T) @ np.cov(y.T)).real
+    expected = np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
+    close(n2m.frechet_distance(n2m.gaussian(x), n2m.gaussian(y)), expected, rtol=1e-6)
+
+
+def test_fad_infinity_of_the_same_distribution_is_closer_to_zero():
+    reference_set = n2m.Gaussian(np.zeros(16), np.eye(16))
+    x = rng(3).normal(size=(300, 16))
+    plain = n2m.frechet_distance(n2m.gaussian(x), reference_set)
+    assert plain > 0.1 and abs(n2m.fad_infinity(x, reference_set)) < plain / 3
+
+
+def test_table_6_ranks_the_truth_above_the_shuffled():
+    text = rng().normal(size=(50, 8))
+    audio = text + 0.3 * rng(1).normal(size=text.shape)
+    rows = n2m.table_6(audio + 0.3 * rng(2).normal(size=text.shape), audio, text)
+    truth, shuffled, generated = rows["ground truth audio"], rows["randomly shuffled audio"], rows["generated audio"]
+    close(truth["gt-audio"], 1)
+    assert truth["gt-text"] > generated["gt-text"] > 0.7 and abs(shuffled["gt-text"]) < 0.3 and abs(shuffled["gt-audio"]) < 0.3
+    assert "gt-text" not in n2m.table_6(audio, audio)["generated audio"]
+
+
+def test_log_mel_statistics_are_a_vector_a_second():
+    audio = 0.1 * normal(2, 40_000)
+    x = n2m.log_mel_statistics(audio)
+    assert x.shape == (2, 2, 160)
+    close(x[1, 1, :80], n2m.log_mel(audio)[1, 100:200].mean(axis=0), atol=1e-5)

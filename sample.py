@@ -4,12 +4,14 @@
     python sample.py "upbeat jazz" --route spectrogram --num 4 --seed 7 --models runs
     python sample.py --prompts prompts.txt -o folder --models runs
     python sample.py --plan v4:2x2x1            # the paper's models, compiled for a TPU that need not be there
+    python sample.py evaluate --help            # FAD and similarity (Sec. 4.3); sweep --help: the ablations of Figs. 2 and 3
 
 Two routes: `waveform` (3.2 kHz audio, then 16 kHz) and `spectrogram` (log-mel, then 16 kHz); super-resolution makes 24 kHz
 of either. Defaults are Table 3's, as the checkpoints hold them. Beside each wav goes a .json with every setting and the
 seed; the same seed and clip number give the same clip, whatever --num is. With --prompts, a prompt or a JSON object a
-line, {"prompt": ..., "seed": ..., "seconds": ...}, the clips go into a folder, and a second run continues where the first
-was interrupted. Several devices share the clips of --num, and with --model-parallel the matrices of the network.
+line, {"prompt": ..., "seed": ..., "seconds": ...}, or train.py's captions.jsonl, the clips go into a folder, and a second
+run continues where the first was interrupted; line n, from 0, has the seed --seed + n where it names none. Several devices
+share the clips of --num, and with --model-parallel the matrices of the network.
 """
 
 import argparse
@@ -19,16 +21,20 @@ import math
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import soundfile
 
 import noise2music as n2m
 import t5_encoder
 from t5_encoder import check
-from train import PLAN_HEADER, fail, load_model, plan, plan_mesh, run_command, shaped, t5_fingerprint, warn, write_wav
+from train import (PLAN_HEADER, WINDOWS, Clip, embed, fail, load_audio, load_embedder, load_embeddings, load_model, parse_caption, plan,
+                   plan_mesh, progress_line, read_tracks, reason, run_command, shaped, t5_fingerprint, track_clips, warn, write_wav)
 
 MAX_SECONDS = 600
 
@@ -66,7 +72,7 @@ def override(model: n2m.Model, steps, schedule, cfg_scale, gamma) -> n2m.Model:
     if n2m.uses_text(model):
         changes["cfg_scale"] = cfg_scale
     changes = {k: v for k, v in changes.items() if v is not None}
-    return dataclasses.replace(model, inference=dataclasses.replace(model.inference, **changes))
+    return replace(model, inference=replace(model.inference, **changes))
 
 
 def load_weights(args, stages, mesh):
@@ -107,8 +113,17 @@ def clean_prompt(text, t5, token_length: int) -> str:
     return text.strip()
 
 
+def check_seconds(seconds: float, where: str = ""):
+    check(0.1 <= seconds <= MAX_SECONDS, f"{where}seconds must be from 0.1 to {MAX_SECONDS}, not {seconds}")
+
+
+def caption_of(track) -> str:
+    """The prompt of an evaluation (Sec. 4.3.3): the first long caption, or all tags as "a single string"."""
+    return track.long[0] if track.long else ", ".join(track.short)
+
+
 def read_prompts(path: Path) -> list[dict]:
-    """The jobs of a --prompts file: {"prompt": ..., and optionally "seed" and "seconds"} a line."""
+    """The jobs of a --prompts file: {"prompt": ..., and optionally "seed" and "seconds"} a line, or train.py's captions.jsonl."""
     jobs = []
     for n, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
         job = {"prompt": line.strip()}
@@ -117,6 +132,8 @@ def read_prompts(path: Path) -> list[dict]:
                 job = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{path}:{n}: not JSON ({error}); a line is a prompt, or a JSON object") from None
+            if isinstance(job, dict) and "audio" in job:
+                job = {"prompt": caption_of(parse_caption(path.parent, line, needs_text=True))}
             check("prompt" in job and job.keys() <= {"prompt", "seed", "seconds"},
                   f'{path}:{n}: takes "prompt" and, if wanted, "seed" and "seconds"')
             check(type(job.get("seed", 0)) is int and type(job.get("seconds", 1)) in (int, float),
@@ -215,22 +232,29 @@ def write_stages(outputs, weights, i: int, path: Path):
             write_wav(stage, np.asarray(x[i]), model.rate)
 
 
+def settings_of(args, weights, prompt: str, seed: int, clip: int, seconds: float) -> dict:
+    """What a clip depends on."""
+    return {"prompt": prompt, "seed": seed, "clip": clip, "seconds": seconds, "route": args.route, "models": str(args.models),
+            "t5": args.t5, "raw": args.raw, "bf16": args.bf16,
+            "stages": {name: dataclasses.asdict(model.inference) for name, (model, _) in weights.items()}}
+
+
 def run_job(args, weights, t5, mesh, prompt: str, seed: int, seconds: float, out: Path):
     """`args.num` clips of one prompt: wav and json, the json last, so that it stands for a finished clip."""
     encode = lambda texts, token_length: t5_encoder.encode(t5, texts, token_length)
     dtype = jnp.bfloat16 if args.bf16 else jnp.float32
     if jax.default_backend() == "tpu":
         weights = {name: (for_tpu(model, args.num, seconds, mesh), params) for name, (model, params) in weights.items()}
+    begin = time.monotonic()
     with jax.set_mesh(mesh):
         outputs = n2m.generate([prompt] * args.num, weights, encode, args.route, seconds, seed,
                                superres=not args.no_superres, dtype=dtype, progress=progress_printer())
     name, audio = list(outputs.items())[-1]
     rate, audio = weights[name][0].rate, np.asarray(audio)
+    took = {"rate": rate, "sampled_in": round(time.monotonic() - begin, 3)}
     check(np.isfinite(audio).all(), f"{name}: sampled values that are not finite; try --raw, another --cfg-scale, or train longer")
     for i, path in enumerate(clip_paths(out, args.num)):
-        settings = {"prompt": prompt, "seed": seed, "clip": i, "seconds": seconds, "rate": rate, "route": args.route,
-                    "models": str(args.models), "t5": args.t5, "raw": args.raw, "bf16": args.bf16,
-                    "stages": {name: dataclasses.asdict(weights[name][0].inference) for name in outputs}}
+        settings = settings_of(args, weights, prompt, seed, i, seconds) | took
         if args.keep_stages:
             write_stages(outputs, weights, i, path)
         write_wav(path, audio[i], rate)
@@ -239,21 +263,226 @@ def run_job(args, weights, t5, mesh, prompt: str, seed: int, seconds: float, out
         print(f"{path}  {seconds:g} s at {rate} Hz, {level:.0f} dBFS, seed {seed} clip {i}", flush=True)
 
 
-def finished(path: Path, prompt, seed, seconds, route) -> bool:
+def finished(path: Path, settings: dict) -> bool:
     """Whether this very clip is there already."""
     try:
-        s = json.loads(path.with_suffix(".json").read_text())
-        return path.is_file() and (s["prompt"], s["seed"], s["seconds"], s["route"]) == (prompt, seed, seconds, route)
-    except (OSError, ValueError, KeyError, TypeError):
+        return path.is_file() and json.loads(path.with_suffix(".json").read_text()).items() >= settings.items()
+    except (OSError, ValueError, AttributeError):
         return False
+
+
+# ---- Evaluation: `sample.py evaluate` and `sweep` (Secs. 4.3 to 4.6) ----
+
+
+class EvaluationSet(NamedTuple):
+    embeddings: np.ndarray  # (N, E), or of frames (N, F, E)
+    texts: list[str] | None  # a prompt or caption for each clip, where all have one
+
+
+def text_of(track) -> str:
+    """What a clip was sampled from, by the .json beside it; or its caption."""
+    try:
+        return json.loads(track.path.with_suffix(".json").read_text())["prompt"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return caption_of(track)
+
+
+def excerpt(track, seconds: float) -> np.ndarray:
+    """Sec. 4.3.3: "the middle 10-second portion", at the 16 kHz of Sec. 4.3.1. (samples,); silence where it is shorter."""
+    try:
+        clip = track_clips(track)[0] if track.start is not None else Clip(track, 0.0, soundfile.info(track.path).duration)
+        start = clip.start + max(0.0, (clip.seconds - seconds) / 2)
+        return load_audio(track.path, start, seconds, n2m.MEL_RATE)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{track.path}: {reason(error, track.path)}; remove it, and what it is paired with") from None
+
+
+def evaluation_tracks(folder: Path) -> list:
+    """The clips of a folder, in the order of its captions.jsonl or else by name; of a folder of samples, the samples."""
+    tracks = read_tracks(folder, False)
+    return [t for t in tracks if t.path.with_suffix(".json").exists()] or tracks
+
+
+def evaluation_set(source: Path, spec: str, seconds: float) -> EvaluationSet:
+    """The excerpts of a folder of audio, embedded; or an array that the user made."""
+    if source.suffix in (".npy", ".npz"):
+        return EvaluationSet(load_embeddings(source), None)
+    check(spec, f"{source}: a folder of audio needs an --audio-embedder")
+    function, tracks, parts = load_embedder(spec), evaluation_tracks(source), []
+    check(callable(function), f"{spec}: is an array; give it in the place of the folder {source}")
+    begin = time.monotonic()
+    for i in range(0, len(tracks), WINDOWS):
+        some = tracks[i : i + WINDOWS]
+        parts.append(embed(function, spec, np.stack([excerpt(track, seconds) for track in some])))
+        if i + WINDOWS >= len(tracks) or sys.stderr.isatty():
+            progress_line(f"{source}: clips embedded", i + len(some), len(tracks), begin, 0)
+    texts = [text_of(track) for track in tracks]
+    return EvaluationSet(np.concatenate(parts), texts if all(texts) else None)
+
+
+def scores(generated: EvaluationSet, truth: EvaluationSet, text_embedder: str | None, seed: int) -> dict:
+    """FAD (Table 5) and average similarities (Table 6) of generated clips, with the numbers of embeddings they rest on."""
+    by_frame = lambda x: np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+    x, y = by_frame(generated.embeddings), by_frame(truth.embeddings)
+    for name, a in (("generated", x), ("reference", y)):
+        check(np.isfinite(a).all() and len(a) > 1, f"the {len(a)} {name} embeddings are too few, or not all of them numbers")
+        if len(a) < a.shape[1]:
+            warn(f"{len(a)} {name} embeddings are fewer than their width {a.shape[1]}: FAD is biased upwards; see fad_infinity")
+    check(x.shape[1] == y.shape[1], f"the generated embeddings are {x.shape[1]} wide, the reference's {y.shape[1]}")
+    reference = n2m.gaussian(y)
+    result = {"fad": n2m.frechet_distance(n2m.gaussian(x), reference), "n": len(x), "n_reference": len(y), "width": x.shape[1]}
+    if len(x) >= 8:
+        result["fad_infinity"] = n2m.fad_infinity(x, reference, seed)
+    if len(generated.embeddings) != len(truth.embeddings):
+        warn(f"{len(generated.embeddings)} generated and {len(truth.embeddings)} reference clips are no pairs: no similarity")
+        return result
+    by_clip = lambda x: x if x.ndim == 2 else x.mean(axis=1)  # choice: of frames, the average
+    text = None
+    if text_embedder:
+        function, texts = load_embedder(text_embedder), truth.texts or generated.texts
+        check(isinstance(function, np.ndarray) or texts, "--text-embedder: no captions beside the reference, nor prompts beside the samples")
+        text = function if isinstance(function, np.ndarray) else embed(function, text_embedder, texts)
+        check(text.shape == (len(truth.embeddings), x.shape[1]),
+              f"{text_embedder}: text embeddings {text.shape}; wanted {(len(truth.embeddings), x.shape[1])}, a row for each clip")
+    result["similarity"] = n2m.table_6(by_clip(generated.embeddings), by_clip(truth.embeddings), text, seed)
+    return result
+
+
+def evaluate(args):
+    """Secs. 4.3.2 and 4.4: prints the scores of a set of clips as JSON."""
+    generated, truth = (evaluation_set(s, args.audio_embedder, args.excerpt) for s in (args.generated, args.reference))
+    settings = {"generated": str(args.generated), "reference": str(args.reference), "embedder": args.audio_embedder, "excerpt": args.excerpt}
+    print(json.dumps(settings | scores(generated, truth, args.text_embedder, args.seed), indent=1))
+
+
+def sweep_points(weights) -> list:
+    """(model, changes of its InferenceConfig) of Sec. 4.5: "Only one parameter is varied at a time". First the base, Table 3."""
+    points = [(None, {})]
+    for name, (model, _) in weights.items():
+        schedules, inference = n2m.TABLE_8[name], model.inference
+        N = inference.steps or len(schedules[inference.step_schedule])
+        if n2m.uses_text(model):
+            points += [(name, {"cfg_scale": w}) for w in (1.0, 2.0, 5.0, 10.0, 15.0)]  # Fig. 2
+        points += [(name, {"step_schedule": s, "steps": N}) for s in schedules]  # Fig. 2; Table 8's lists are not all as long
+        points += [(name, {"steps": max(1, N * n // 4)}) for n in (1, 2, 4, 8)]  # Fig. 3. choice: a quarter to twice
+    return points
+
+
+def sweep(args):
+    """Secs. 4.5 and 4.6: a JSON line for each point of Figs. 2 and 3. A second run goes on where the first was stopped."""
+    check_writable(args.out)
+    check(args.out.suffix == ".jsonl", f"{args.out}: -o takes the name of a .jsonl")
+    truth = evaluation_set(args.reference, args.audio_embedder, args.excerpt)
+    prompts = [job["prompt"] for job in read_prompts(args.prompts)] if args.prompts else truth.texts
+    check(prompts, f"{args.reference}: not every clip has a caption; give the prompts with --prompts")
+    truth = EvaluationSet(*(a if a is None else a[: args.limit] for a in truth))
+    mesh = serving_mesh(1, 1)
+    weights, t5 = load_weights(args, n2m.ROUTES[args.route][:2], mesh)
+    model = next(iter(weights.values()))[0]
+    seconds = args.seconds or model.training.seconds
+    prompts = [clean_prompt(prompt, t5, model.training.token_length) for prompt in prompts[: args.limit]]
+    points = sweep_points(weights)
+    done = len(args.out.read_text().splitlines()) if args.out.exists() else 0
+    for number, (name, changes) in enumerate(points[done:], done + 1):
+        changed = dict(weights)
+        if name:
+            model, params = weights[name]
+            changed[name] = replace(model, inference=replace(model.inference, **changes)), params
+        folder = args.out.with_suffix("") / "-".join(str(part) for part in [name or "base", *changes.values()])
+        print(f"[{number}/{len(points)}] {folder.name}", file=sys.stderr)
+        for i, prompt in enumerate(prompts):
+            path = folder / f"{i:04d}.wav"
+            if not finished(path, settings_of(args, changed, prompt, args.seed + i, 0, seconds)):
+                check_writable(path)
+                run_job(args, changed, t5, mesh, prompt, args.seed + i, seconds, path)
+        took = [json.loads(path.read_text())["sampled_in"] for path in sorted(folder.glob("*.json"))[1:]]  # the first compiles
+        point = {"model": name, **changes, "seconds_per_clip": round(float(np.median(took)), 3),
+                 **scores(evaluation_set(folder, args.audio_embedder, args.excerpt), truth, args.text_embedder, args.seed)}
+        with args.out.open("a") as file:
+            file.write(json.dumps(point) + "\n")
+        print(json.dumps(point), flush=True)
 
 
 # ---- The command line ----
 
+EVALUATE_HELP = """FAD (Table 5) and similarity (Table 6) of generated clips against real ones, as JSON.
+
+    python sample.py --prompts music/captions.jsonl --no-superres -o generated      # a clip for each line
+    python sample.py evaluate generated music --audio-embedder noise2music:log_mel_statistics
+    python sample.py evaluate generated.npy music.npy                               # embeddings that you made
+
+GENERATED and REFERENCE are folders of audio, of which the middle --excerpt seconds at 16 kHz are embedded, or arrays of
+embeddings, (N, E), or of frames (N, F, E), in a .npy or .npz. An audio embedder is a package.module:function from audio
+(16, samples), float32, to (16, E) or (16, F, E); a text embedder, of the same space, from a list of texts to (N, E), or an
+array. Frames are counted one by one in FAD, and averaged for similarity, which compares the n-th clip with the n-th clip
+and, given a text embedder, with its caption; where the folders hold as many clips. VGGish, Trill and MuLan, the paper's three
+embedders, are not here; FAD by another one compares with no published number.
+`noise2music:log_mel_statistics` is an example: it knows loudness and spectrum, and nothing of music."""
+
+SWEEP_HELP = """The ablations of Figs. 2 and 3: varies one inference parameter at a time, and writes a JSON line for each point.
+
+    python sample.py sweep music --models runs --audio-embedder noise2music:log_mel_statistics -o sweep.jsonl
+
+For the first two models of the route: guidance scales 1, 2, 5, 10 and 15, the step schedules of Table 8, and a quarter to twice the
+steps; all else stays at Table 3. The prompts are the captions of the REFERENCE. Clips go into a folder of the name of the
+result; seconds_per_clip is the median time to sample one, and fad and similarity are those of `sample.py evaluate`."""
+
+
+def new_parser(description, prog):
+    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; see --help")
+    return parser
+
+
+def add_evaluation_options(parser):
+    parser.add_argument("reference", type=Path, metavar="REFERENCE", help="real clips, with captions as train.py reads them, or an array")
+    parser.add_argument("--audio-embedder", metavar="E", help="package.module:function")
+    parser.add_argument("--text-embedder", metavar="E", help="package.module:function, or an array")
+    parser.add_argument("--excerpt", type=float, default=10, metavar="S", help="seconds from the middle of a clip (default: 10; 29 for "
+                        "MagnaTagATune, Sec. 4.3.3)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+
+
+def parse_evaluate_args(argv):
+    parser = new_parser(EVALUATE_HELP, "sample.py evaluate")
+    parser.add_argument("generated", type=Path, metavar="GENERATED", help="what sample.py --prompts wrote, or any clips, or an array")
+    add_evaluation_options(parser)
+    args = parser.parse_args(argv)
+    check_evaluation_options(parser, args)
+    return args
+
+
+def parse_sweep_args(argv):
+    parser = new_parser(SWEEP_HELP, "sample.py sweep")
+    add_evaluation_options(parser)
+    parser.add_argument("-o", "--out", type=Path, default=Path("sweep.jsonl"), metavar="FILE", help="default: sweep.jsonl")
+    parser.add_argument("--models", type=Path, default=Path("runs"), metavar="DIR", help="train.py's --out (default: runs)")
+    parser.add_argument("--route", choices=tuple(n2m.ROUTES), default="waveform", help="default: waveform")
+    parser.add_argument("--t5", metavar="DIR", help="T5 encoder (default: the one the models were trained with)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="other prompts, one a line")
+    parser.add_argument("--limit", type=int, default=64, metavar="N", help="clips a point: the first N (default: 64)")
+    parser.add_argument("--seconds", type=float, help="length of a clip (default: what the generator was trained on)")
+    parser.add_argument("--raw", action="store_true", help="use the parameters themselves, not their moving average")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    # Sec. 4.3.1: "the super-resolution cascader is not utilized"
+    parser.set_defaults(num=1, no_superres=True, keep_stages=False, steps=None, schedule=None, cfg_scale=None, gamma=None)
+    args = parser.parse_args(argv)
+    check_evaluation_options(parser, args)
+    if args.limit < 2:
+        parser.error(f"--limit must be at least 2, not {args.limit}")
+    check_seconds(args.seconds or 1, "--")
+    return args
+
+
+def check_evaluation_options(parser, args):
+    if not 0.1 <= args.excerpt <= MAX_SECONDS:
+        parser.error(f"--excerpt must be from 0.1 to {MAX_SECONDS}, not {args.excerpt}")
+    if not 0 <= args.seed < 2**62:
+        parser.error(f"--seed must be from 0 to 2^62, not {args.seed}")
+
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see --help")
+    parser = new_parser(__doc__, "sample.py")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the music should be like")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="many prompts, one a line")
     parser.add_argument("-o", "--out", type=Path, help="the wav (default: out.wav), or with --prompts a folder (default: out)")
@@ -302,14 +531,15 @@ def run(args):
             job["prompt"] = clean_prompt(job["prompt"], t5, generator.training.token_length)
         except ValueError as error:
             raise ValueError(f"{where}{error}") from None
-        job.setdefault("seed", args.seed)
+        job.setdefault("seed", args.seed + i)  # as many clips of one noise would be too much alike to evaluate
         job.setdefault("seconds", generator.training.seconds if args.seconds is None else args.seconds)
-        check(0.1 <= job["seconds"] <= MAX_SECONDS, f"{where}seconds must be from 0.1 to {MAX_SECONDS}, not {job['seconds']}")
+        check_seconds(job["seconds"], where)
         job["out"] = (args.out or Path("out")) / f"{i:04d}.wav" if args.prompts else args.out or Path("out.wav")
         check(job["out"].suffix.lower() == ".wav", f"{job['out']}: -o takes the name of a .wav")
     for i, job in enumerate(jobs):
         prompt, seed, seconds, out = (job[k] for k in ("prompt", "seed", "seconds", "out"))
-        if args.prompts and all(finished(p, prompt, seed, seconds, args.route) for p in clip_paths(out, args.num)):
+        if args.prompts and all(finished(path, settings_of(args, weights, prompt, seed, clip, seconds))
+                                for clip, path in enumerate(clip_paths(out, args.num))):
             print(f"{out}: there already")
             continue
         check_writable(out)
@@ -317,9 +547,17 @@ def run(args):
         run_job(args, weights, t5, mesh, prompt, seed, seconds, out)
 
 
+COMMANDS = {"evaluate": (evaluate, parse_evaluate_args), "sweep": (sweep, parse_sweep_args)}
+
+
 def main(argv=None):
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted", status=130))
-    run_command(run, parse_args(argv))
+    argv = sys.argv[1:] if argv is None else list(map(str, argv))
+    if argv[:1] and argv[0] in COMMANDS:
+        command, parse = COMMANDS[argv[0]]
+        run_command(command, parse(argv[1:]))
+    else:
+        run_command(run, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,16 @@ either `captions.jsonl`, a JSON object a line,
 
     {"audio": "jazz/one.flac", "long": ["A slow piano ballad.", ...], "short": ["jazz", "piano", ...]}
 
-or, beside each `one.flac`, a `one.txt` with a long caption a line. Everything is written to OUT/MODEL: checkpoints (the
-last two are kept), `log.jsonl`, and samples with --sample-every. `sample.py --models OUT` reads them from there.
+(with `"start": 30` it captions the 30 s from there, otherwise the whole track), or, beside each `one.flac`, a `one.txt`
+with a long caption a line. `python train.py label --help` says how music without captions gets them. Everything is
+written to OUT/MODEL: checkpoints (the last two are kept), `log.jsonl`, and samples with --sample-every. `sample.py
+--models OUT` reads them from there.
 """
 
 import argparse
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
@@ -23,6 +26,7 @@ import re
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +67,7 @@ class Track(NamedTuple):
     path: Path
     long: tuple[str, ...]  # captions that each stand alone
     short: tuple[str, ...]  # tags that are joined
+    start: float | None = None  # seconds; of the one clip that they caption
 
 
 class Example(NamedTuple):
@@ -86,16 +91,19 @@ def strings(entry, key):
 def parse_caption(folder: Path, line: str, needs_text: bool) -> Track:
     entry = json.loads(line)
     check(isinstance(entry, dict) and isinstance(entry.get("audio"), str), 'not an object with an "audio" path')
-    track = Track(folder / entry["audio"], strings(entry, "long"), strings(entry, "short"))
+    start = entry.get("start")
+    check(start is None or type(start) in (int, float) and 0 <= start < float("inf"), '"start" is not a number of seconds')
+    short = strings(entry, "title") + strings(entry, "tags") + strings(entry, "short")  # Sec. 3.6's three types of labels
+    track = Track(folder / entry["audio"], strings(entry, "long"), short, start)
     check(track.path.is_file(), f"{entry['audio']}: no such file")
     check(track.long or track.short or not needs_text, f"{entry['audio']}: no caption")
     return track
 
 
-def read_tracks(folder: Path, needs_text: bool) -> list[Track]:
+def read_tracks(folder: Path, needs_text: bool, manifest: str = "captions.jsonl") -> list[Track]:
     """The captioned tracks of a data folder. What is wrong with an entry is reported, and the entry skipped."""
-    check(folder.is_dir(), f"{folder}: no such folder; --data takes a folder of audio with captions (see --help)")
-    manifest, tracks = folder / "captions.jsonl", []
+    check(folder.is_dir(), f"{folder}: no such folder; it should be one of audio with captions (see --help)")
+    manifest, tracks = folder / manifest, []
     if manifest.exists():
         for number, line in enumerate(manifest.read_text("utf-8", "replace").splitlines(), 1):
             try:
@@ -120,21 +128,23 @@ def read_tracks(folder: Path, needs_text: bool) -> list[Track]:
     return tracks
 
 
-def track_clips(track: Track) -> list[Clip]:
+def track_clips(track: Track, most: int = CLIPS_PER_TRACK) -> list[Clip]:
     """Sec. 3.6: up to six non-overlapping 30 s clips. choice: spread evenly; a shorter track is one clip."""
     info = soundfile.info(track.path)
-    check(info.frames > 0, "has no audio in it")
     duration = info.frames / info.samplerate
-    n = int(np.clip(duration // CLIP_SECONDS, 1, CLIPS_PER_TRACK))
+    check(duration > (track.start or 0), f"has no audio at {track.start} s" if track.start else "has no audio in it")
+    if track.start is not None:
+        return [Clip(track, track.start, min(duration - track.start, CLIP_SECONDS))]
+    n = int(np.clip(duration // CLIP_SECONDS, 1, most))
     return [Clip(track, k * duration / n, min(duration, CLIP_SECONDS)) for k in range(n)]
 
 
-def find_clips(tracks: list[Track]) -> list[Clip]:
+def find_clips(tracks: list[Track], most: int = CLIPS_PER_TRACK) -> list[Clip]:
     """The clips of all tracks, by their headers; files that cannot be opened are reported and skipped."""
 
     def clips_or_error(track):
         try:
-            return track_clips(track)
+            return track_clips(track, most)
         except (OSError, ValueError, RuntimeError) as error:
             return error
 
@@ -146,7 +156,7 @@ def find_clips(tracks: list[Track]) -> list[Clip]:
                 bad += 1
             else:
                 clips += found
-    check(clips, f"{tracks[0].path}: this and all other audio files are unusable ({bad} in all); nothing to train on")
+    check(clips, f"{tracks[0].path}: this and all other audio files are unusable ({bad} in all)")
     return clips
 
 
@@ -705,6 +715,270 @@ def print_plan(args):
     print(f"{args.model}: {step:.0f} ms a step, {days:.1f} days for the {c.steps} steps of Table 2")
 
 
+# ---- Embedders: what stands in for MuLan, VGGish and Trill, which are not public (Secs. 3.5 and 4.3.2) ----
+
+WINDOWS = 16  # pieces of audio that an embedder gets at once: always as many, so that it need not compile twice
+
+
+def load_embedder(spec: str):
+    """What an --audio-embedder or --text-embedder names: the array in a .npy or .npz, or a package.module:function."""
+    if spec.endswith((".npy", ".npz")):
+        return load_embeddings(Path(spec))
+    sys.path.append(os.getcwd())  # where the user's own module may be
+    module, _, name = spec.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{spec}: {error}; an embedder is a .npy or .npz file, or package.module:function") from None
+    check(callable(function), f"{spec}: not a function")
+    return function
+
+
+def load_embeddings(path: Path) -> np.ndarray:
+    """The embeddings in a .npy, which is not read into memory, or alone in a .npz: (N, E) or, of frames, (N, F, E)."""
+    try:
+        array = np.load(path, mmap_mode="r")
+        if not isinstance(array, np.ndarray):
+            check(len(array.files) == 1, f"holds {len(array.files)} arrays, not one")
+            array = array[array.files[0]]
+        check(array.dtype.kind == "f" and array.ndim in (2, 3), f"holds {array.dtype} {array.shape}")
+        check(array.size, "is empty")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else reason(error, path)
+        raise ValueError(f"{path}: {why}; embeddings are one array of floats, (N, E) or (N, frames, E)") from None
+    return array
+
+
+def embed(function, spec: str, inputs) -> np.ndarray:
+    """function(inputs), checked: (N, E) or (N, F, E) for N texts or N pieces of audio, these WINDOWS at a time."""
+    if isinstance(inputs, list):
+        out = np.asarray(function(inputs), np.float32)
+    else:
+        padded = np.pad(inputs, [(0, -len(inputs) % WINDOWS), (0, 0)])
+        out = [np.asarray(function(padded[i : i + WINDOWS]), np.float32) for i in range(0, len(padded), WINDOWS)]
+        check(all(o.ndim in (2, 3) and len(o) == WINDOWS for o in out),
+              f"{spec}: made {out[0].shape} of audio {padded[:WINDOWS].shape}; wanted (N, E) or (N, frames, E)")
+        out = np.concatenate(out)[: len(inputs)]
+    check(out.ndim in (2, 3) and len(out) == len(inputs) and out.size,
+          f"{spec}: made {out.shape} of {len(inputs)} texts; wanted ({len(inputs)}, E)")
+    return out
+
+
+def progress_line(what: str, done: int, n: int, begin: float, first: int):
+    """On stderr: how far, and how long yet. Rewritten on a terminal."""
+    eta = (time.monotonic() - begin) / max(done - first, 1) * (n - done)
+    end = "\r" if sys.stderr.isatty() and done < n else "\n"
+    print(f"{what}: {done}/{n}  ETA {time.strftime('%H:%M:%S', time.gmtime(eta))}", end=end, file=sys.stderr, flush=True)
+
+
+# ---- Pseudo-labels and the mining of data: `train.py label` (Secs. 3.5 and 3.6) ----
+
+K = 10  # Sec. 3.5: "We use K = 10 and K' = 3"
+K_PRIME = {"long": 3, "short": 6}  # Sec. 3.6: "three pseudo labels from the LaMDA-LF vocabulary, and six [...] from [...] Rater-SF"
+ROWS = 4096  # clips or captions between two writes to the disk: what a restart repeats at most
+
+
+class Vocabulary(NamedTuple):
+    kind: str  # "long" or "short"
+    path: Path
+    captions: list[str]
+    k_prime: int
+    k: int
+
+
+def read_vocabulary(kind, path, k_prime=None, k=K) -> Vocabulary:
+    """--vocabulary KIND FILE [K' [K]]: a caption a line."""
+    check(kind in K_PRIME, f"--vocabulary: the captions of {path} are long or short, not {kind!r}")
+    try:
+        k_prime, k = int(K_PRIME[kind] if k_prime is None else k_prime), int(k)
+    except ValueError:
+        raise ValueError(f"--vocabulary {kind} {path}: {k_prime} and {k} should be K' and K, whole numbers") from None
+    captions = [line.strip() for line in Path(path).read_text("utf-8", "replace").removesuffix("\n").split("\n")]
+    for number, caption in enumerate(captions, 1):
+        check(caption, f"{path}:{number}: an empty line; every line is a caption")
+    check(0 < k_prime <= k <= len(captions), f"{path}: {len(captions)} captions for K' = {k_prime} of K = {k}; wanted K' <= K <= captions")
+    check(k <= n2m.CAPTION_BLOCK // n2m.CAPTION_GROUP, f"{path}: K = {k} is over {n2m.CAPTION_BLOCK // n2m.CAPTION_GROUP}")
+    return Vocabulary(kind, Path(path), captions, k_prime, k)
+
+
+def blockwise(path: Path, shape: tuple[int, int], dtype, make, what: str, block: int = ROWS) -> np.ndarray:
+    """A matrix on the disk, made `block` rows at a time by make(start, end). A restart goes on after the last whole block."""
+    (n, width), part = shape, path.with_name(path.name + ".part")
+    if not path.exists():
+        with part.open("ab") as file:
+            row = width * np.dtype(dtype).itemsize
+            first = done = file.tell() // (row * block) * block
+            file.truncate(done * row)
+            begin = shown = time.monotonic()
+            while done < n:
+                end = min(done + block, n)
+                rows = np.ascontiguousarray(make(done, end), dtype)
+                check(rows.shape == (end - done, width), f"{what}: rows {rows.shape} where the first had a width of {width}")
+                file.write(rows)
+                file.flush()
+                done = end
+                if done == n or time.monotonic() - shown > (0.2 if sys.stderr.isatty() else 30):
+                    shown = time.monotonic()
+                    progress_line(what, done, n, begin, first)
+        os.replace(part, path)
+    return np.memmap(path, dtype, "r", shape=shape)
+
+
+def crc(*parts) -> str:
+    """Tells one input from another, in the names of what was made of them."""
+    return f"{functools.reduce(lambda c, part: zlib.crc32(str(part).encode('utf-8', 'surrogateescape'), c), parts, 0):08x}"
+
+
+def embed_clips(function, spec, clips: list[Clip]) -> np.ndarray:
+    """(N, E): of each clip the average over its 10-second windows (Sec. 3.5); not numbers where it cannot be decoded."""
+
+    def decoded(clip):
+        try:
+            return n2m.windows(load_audio(clip.track.path, clip.start, clip.seconds, n2m.MEL_RATE))
+        except (OSError, ValueError, RuntimeError) as error:
+            warn(f"{clip.track.path}: {reason(error, clip.track.path)}; skipped")
+            return n2m.windows(np.full(1, np.nan, np.float32))
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        pieces = list(pool.map(decoded, clips))
+    good = [np.isfinite(piece).all() for piece in pieces]
+    out = embed(function, spec, np.nan_to_num(np.concatenate(pieces)))
+    out = out.mean(axis=1) if out.ndim == 3 else out  # choice: of frames, the average too
+    out = np.stack([part.mean(axis=0) for part in np.split(out, np.cumsum([len(piece) for piece in pieces])[:-1])])
+    return np.where(np.array(good)[:, None], out, np.nan)
+
+
+def clip_embeddings(spec: str, clips: list[Clip], work: Path):
+    """(N, E) for N clips, the user's array or made by the user's function and kept in the folder `work`; and what tells it from others."""
+    embedder, of = load_embedder(spec), crc(*((clip.track.path.resolve(), clip.start, clip.seconds) for clip in clips))
+    if isinstance(embedder, np.ndarray):
+        check(embedder.ndim == 2 and len(embedder) == len(clips),
+              f"{spec}: embeddings {embedder.shape} for {len(clips)} clips; wanted a row for each, in their order (see label --help)")
+        return embedder, crc(of, spec, os.stat(spec).st_mtime_ns)
+    width = embed_clips(embedder, spec, clips[:1]).shape[1]
+    return blockwise(work / f"clips-{crc(of, spec)}.f32", (len(clips), width), np.float32,
+                     lambda start, end: embed_clips(embedder, spec, clips[start:end]), "clips embedded", 2 * WINDOWS), crc(of, spec)
+
+
+def caption_embeddings(spec: str | None, v: Vocabulary, work: Path):
+    """The same for M captions, (M, E): the array beside the vocabulary, lamda.npy beside lamda.txt, or by --text-embedder."""
+    path, of = v.path.with_suffix(".npy"), crc(*v.captions)
+    if path.exists():
+        array = load_embeddings(path)
+        check(array.ndim == 2 and len(array) == len(v.captions), f"{path}: embeddings {array.shape} for the {len(v.captions)} lines of {v.path}")
+        return array, crc(of, path, path.stat().st_mtime_ns)
+    check(spec, f"{v.path}: no embeddings; put them in {path}, a row for each line, or give --text-embedder")
+    function = load_embedder(spec)
+    check(callable(function), f"--text-embedder is a function; the array of {v.path} belongs in {path}")
+    make = lambda start, end: embed(function, spec, v.captions[start:end])
+    return blockwise(work / f"{v.path.stem}-{crc(of, spec)}.f32", (len(v.captions), make(0, 1).shape[-1]), np.float32, make,
+                     f"{v.path.name} embedded"), crc(of, spec)
+
+
+def pseudo_labels(args, clips: list[Clip], work: Path):
+    """Sec. 3.5: the clips that have an embedding, and the captions of each: {"long": [...], "short": [...]}."""
+    vocabularies = [read_vocabulary(*v) for v in args.vocabulary]
+    x, of = clip_embeddings(args.audio_embedder, clips, work)
+    texts = [caption_embeddings(args.text_embedder, v, work) for v in vocabularies]
+    for v, (y, _) in zip(vocabularies, texts):
+        check(y.shape[1] == x.shape[1], f"{v.path}: embeddings {y.shape[1]} wide, of the clips {x.shape[1]}; they must be of one space")
+        bad = np.flatnonzero(~np.isfinite(y.sum(axis=1)))
+        check(not len(bad), f"{v.path}: {len(bad)} embeddings are not numbers; the first is of line {bad[:1] + 1}")
+    good = np.flatnonzero(np.isfinite(x.sum(axis=1)))
+    check(len(good), f"{args.audio_embedder}: none of {len(clips)} embeddings is of numbers")
+    if len(good) < len(clips):
+        warn(f"{len(clips) - len(good)} of {len(clips)} clips have no embedding of numbers; left out")
+    labels = [{"long": [], "short": []} for _ in good]
+    for number, (v, (y, text_of)) in enumerate(zip(vocabularies, texts)):
+        nearest = lambda start, end: n2m.top_captions(y, x[good[start:end]], v.k)
+        top = blockwise(work / f"{v.path.stem}-top-{crc(of, text_of, v.k)}.i32", (len(good), v.k), np.int32, nearest, f"nearest of {v.path.name}")
+        for entry, drawn in zip(labels, n2m.draw_captions(top, v.k_prime, [args.seed, number]).tolist()):
+            entry[v.kind] += [v.captions[i] for i in drawn]
+    return [clips[i] for i in good], labels
+
+
+def header_tags(track: Track) -> Track:
+    """A track with what its file says of itself, where metadata.jsonl says nothing: title, artist, album and genre."""
+    if track.short:
+        return track
+    try:
+        with soundfile.SoundFile(track.path) as file:
+            found = file.copy_metadata()
+    except (OSError, RuntimeError):
+        return track  # `find_clips` has its say
+    return track._replace(short=tuple(found[key].strip() for key in ("title", "artist", "album", "genre") if found.get(key, "").strip()))
+
+
+def label(args):
+    """Sec. 3.6: writes the captions.jsonl of a folder of music: for each clip its title, tags and pseudo-labels."""
+    out = args.out or args.folder / "captions.jsonl"
+    check(not out.exists(), f"{out}: there already; move it away, or name another with --out")
+    work = out.with_name(out.name + ".work")
+    tracks = [header_tags(track) for track in read_tracks(args.folder, False, "metadata.jsonl")]
+    # Sec. 3.6: the high-quality tracks "are segmented to non-overlapping 30-second clips", all of them
+    clips = find_clips(tracks, 10**6 if args.high_quality else CLIPS_PER_TRACK)
+    print(f"{len(tracks)} tracks, {len(clips)} clips of up to {CLIP_SECONDS} s", flush=True)
+    labels = [{"long": [], "short": []} for _ in clips]
+    if args.vocabulary:
+        work.mkdir(parents=True, exist_ok=True)
+        clips, labels = pseudo_labels(args, clips, work)
+    part = out.with_name(out.name + ".part")
+    with part.open("w") as file:
+        for clip, pseudo in zip(clips, labels):
+            long, short = list(clip.track.long), list(clip.track.short)
+            if args.high_quality and short:  # "while the metadata of the tracks are concatenated to form the text prompt"
+                long, short = [*long, ", ".join(short)], []
+            entry = {"audio": os.path.relpath(clip.track.path, out.parent), "start": round(clip.start, 3),
+                     "long": long + pseudo["long"], "short": short + pseudo["short"]}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    os.replace(part, out)
+    kept = f"; {work} keeps the embeddings for another run, and can be deleted" if work.exists() else ""
+    print(f"{out}: {len(clips)} clips with their captions{kept}")
+
+
+LABEL_HELP = """Caption a folder of music by pseudo-labels (Sec. 3.5) and by its own titles and tags (Sec. 3.6).
+
+    python train.py label music --vocabulary long lamda_lf.txt --vocabulary short rater_sf.txt \\
+        --audio-embedder my_mulan:audio --text-embedder my_mulan:text          # the training set of Sec. 3.6
+    python train.py label audioset --vocabulary long lamda_lf.txt 3 --vocabulary long rater_lf.txt 3 \\
+        --vocabulary short rater_sf.txt 6 ...                                 # MuLaMCap, Sec. 3.5
+    python train.py label library --high-quality                              # metadata alone, all clips of a track
+
+For each 30 s clip, the K captions of each vocabulary whose embeddings are nearest to the clip's, by cosine; K' of them are
+drawn with probabilities inverse to how often each was near to a clip. The embeddings, of one space for audio and text, are
+yours: MuLan is not public. An audio embedder takes audio (16, samples), float32 at 16 kHz, and returns (16, E) or, of frames,
+(16, F, E); a text embedder takes a list of texts and returns (N, E). Or else an array (clips, E) in a .npy or .npz: its
+rows in the order of metadata.jsonl or of the sorted file names, and of the clips of a track.
+
+DIR/metadata.jsonl, if there, says of each track {"audio": "one.flac", "title": "...", "tags": ["jazz", "piano"]}; otherwise all
+audio in DIR is taken, with the title, artist, album and genre that the files themselves hold. The result is the captions.jsonl
+that training reads. A run that was stopped goes on where it was. The memory is about that of the captions as text, the
+clips' embeddings, and 1 GB."""
+
+
+def parse_label_args(argv):
+    parser = argparse.ArgumentParser(prog="train.py label", description=LABEL_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; see label --help")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the music")
+    parser.add_argument("--vocabulary", nargs="+", action="append", default=[], metavar="X", help="KIND FILE [K' [K]]: long or short, a "
+                        "file of a caption a line, how many to give each clip (3 long, 6 short), out of how many (10); may be repeated")
+    parser.add_argument("--audio-embedder", metavar="E", help="package.module:function, or an array in a .npy or .npz")
+    parser.add_argument("--text-embedder", metavar="E", help="package.module:function; or put lamda.npy beside lamda.txt")
+    parser.add_argument("--high-quality", action="store_true", help="concatenate titles and tags to one prompt, and take all clips of a track")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/captions.jsonl")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    args = parser.parse_args(argv)
+    if any(not 2 <= len(v) <= 4 for v in args.vocabulary):
+        parser.error("--vocabulary takes KIND FILE [K' [K]]")
+    if args.vocabulary and not args.audio_embedder:
+        parser.error("--vocabulary needs an --audio-embedder to compare the captions with")
+    if not (args.vocabulary or args.high_quality):
+        parser.error("give a --vocabulary, or --high-quality for the metadata alone")
+    if args.seed < 0:
+        parser.error("--seed must not be negative")
+    return args
+
+
 # ---- The command line ----
 
 OVERRIDES = {  # fields of TrainingConfig that have an option each
@@ -867,7 +1141,11 @@ def run(args):
 
 
 def main(argv=None):
-    run_command(run, parse_args(argv))
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["label"]:
+        run_command(label, parse_label_args(argv[1:]))
+    else:
+        run_command(run, parse_args(argv))
 
 
 if __name__ == "__main__":

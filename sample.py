@@ -14,7 +14,6 @@ run continues where the first was interrupted; line n, from 0, has the seed --se
 share the clips of --num, and with --model-parallel the matrices of the network.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -33,8 +32,9 @@ import soundfile
 import noise2music as n2m
 import t5_encoder
 from t5_encoder import check
-from train import (PLAN_HEADER, WINDOWS, Clip, embed, fail, load_audio, load_embedder, load_embeddings, load_model, parse_caption, plan,
-                   plan_mesh, progress_line, read_tracks, reason, run_command, shaped, t5_fingerprint, track_clips, warn, write_wav)
+from train import (PLAN_HEADER, WINDOWS, Clip, embed, fail, load_audio, load_embedder, load_embeddings, load_model, new_parser,
+                   parse_caption, plan, plan_mesh, progress_line, read_tracks, reason, run_command, shaped, t5_fingerprint,
+                   track_clips, warn, write_wav)
 
 MAX_SECONDS = 600
 
@@ -340,10 +340,12 @@ def scores(generated: EvaluationSet, truth: EvaluationSet, text_embedder: str | 
     text = None
     if text_embedder:
         function, texts = load_embedder(text_embedder), truth.texts or generated.texts
-        check(isinstance(function, np.ndarray) or texts, "--text-embedder: no captions beside the reference, nor prompts beside the samples")
+        check(isinstance(function, np.ndarray) or texts,
+              "--text-embedder: no captions beside the reference, nor prompts beside the samples")
         text = function if isinstance(function, np.ndarray) else embed(function, text_embedder, texts)
         check(text.shape == (len(truth.embeddings), x.shape[1]),
               f"{text_embedder}: text embeddings {text.shape}; wanted {(len(truth.embeddings), x.shape[1])}, a row for each clip")
+        check(np.isfinite(text).all(), f"{text_embedder}: text embeddings that are not numbers")
     result["similarity"] = n2m.table_6(by_clip(generated.embeddings), by_clip(truth.embeddings), text, seed)
     return result
 
@@ -351,7 +353,8 @@ def scores(generated: EvaluationSet, truth: EvaluationSet, text_embedder: str | 
 def evaluate(args):
     """Secs. 4.3.2 and 4.4: prints the scores of a set of clips as JSON."""
     generated, truth = (evaluation_set(s, args.audio_embedder, args.excerpt) for s in (args.generated, args.reference))
-    settings = {"generated": str(args.generated), "reference": str(args.reference), "embedder": args.audio_embedder, "excerpt": args.excerpt}
+    settings = {"generated": str(args.generated), "reference": str(args.reference), "embedder": args.audio_embedder,
+                "excerpt": args.excerpt}
     print(json.dumps(settings | scores(generated, truth, args.text_embedder, args.seed), indent=1))
 
 
@@ -382,8 +385,10 @@ def sweep(args):
     seconds = args.seconds or model.training.seconds
     prompts = [clean_prompt(prompt, t5, model.training.token_length) for prompt in prompts[: args.limit]]
     points = sweep_points(weights)
-    done = len(args.out.read_text().splitlines()) if args.out.exists() else 0
-    for number, (name, changes) in enumerate(points[done:], done + 1):
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v not in (None, False) and k != "out"}
+    done = args.out.read_text().splitlines() if args.out.exists() else []
+    check(all(json.loads(line)["settings"] == settings for line in done), f"{args.out}: points of other settings; name another -o")
+    for number, (name, changes) in list(enumerate(points, 1))[len(done) :]:
         changed = dict(weights)
         if name:
             model, params = weights[name]
@@ -397,7 +402,8 @@ def sweep(args):
                 run_job(args, changed, t5, mesh, prompt, args.seed + i, seconds, path)
         took = [json.loads(path.read_text())["sampled_in"] for path in sorted(folder.glob("*.json"))[1:]]  # the first compiles
         point = {"model": name, **changes, "seconds_per_clip": round(float(np.median(took)), 3),
-                 **scores(evaluation_set(folder, args.audio_embedder, args.excerpt), truth, args.text_embedder, args.seed)}
+                 **scores(evaluation_set(folder, args.audio_embedder, args.excerpt), truth, args.text_embedder, args.seed),
+                 "settings": settings}
         with args.out.open("a") as file:
             file.write(json.dumps(point) + "\n")
         print(json.dumps(point), flush=True)
@@ -428,24 +434,20 @@ steps; all else stays at Table 3. The prompts are the captions of the REFERENCE.
 result; seconds_per_clip is the median time to sample one, and fad and similarity are those of `sample.py evaluate`."""
 
 
-def new_parser(description, prog):
-    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see --help")
-    return parser
-
-
 def add_evaluation_options(parser):
-    parser.add_argument("reference", type=Path, metavar="REFERENCE", help="real clips, with captions as train.py reads them, or an array")
+    parser.add_argument("reference", type=Path, metavar="REFERENCE",
+                        help="real clips, with captions as train.py reads them, or an array")
     parser.add_argument("--audio-embedder", metavar="E", help="package.module:function")
     parser.add_argument("--text-embedder", metavar="E", help="package.module:function, or an array")
-    parser.add_argument("--excerpt", type=float, default=10, metavar="S", help="seconds from the middle of a clip (default: 10; 29 for "
-                        "MagnaTagATune, Sec. 4.3.3)")
+    parser.add_argument("--excerpt", type=float, default=10, metavar="S",
+                        help="seconds from the middle of a clip (default: 10; 29 for MagnaTagATune, Sec. 4.3.3)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
 
 
 def parse_evaluate_args(argv):
-    parser = new_parser(EVALUATE_HELP, "sample.py evaluate")
-    parser.add_argument("generated", type=Path, metavar="GENERATED", help="what sample.py --prompts wrote, or any clips, or an array")
+    parser = new_parser("sample.py evaluate", EVALUATE_HELP)
+    parser.add_argument("generated", type=Path, metavar="GENERATED",
+                        help="what sample.py --prompts wrote, or any clips, or an array")
     add_evaluation_options(parser)
     args = parser.parse_args(argv)
     check_evaluation_options(parser, args)
@@ -453,7 +455,7 @@ def parse_evaluate_args(argv):
 
 
 def parse_sweep_args(argv):
-    parser = new_parser(SWEEP_HELP, "sample.py sweep")
+    parser = new_parser("sample.py sweep", SWEEP_HELP)
     add_evaluation_options(parser)
     parser.add_argument("-o", "--out", type=Path, default=Path("sweep.jsonl"), metavar="FILE", help="default: sweep.jsonl")
     parser.add_argument("--models", type=Path, default=Path("runs"), metavar="DIR", help="train.py's --out (default: runs)")
@@ -470,7 +472,8 @@ def parse_sweep_args(argv):
     check_evaluation_options(parser, args)
     if args.limit < 2:
         parser.error(f"--limit must be at least 2, not {args.limit}")
-    check_seconds(args.seconds or 1, "--")
+    if args.seconds is not None and not 0.1 <= args.seconds <= MAX_SECONDS:
+        parser.error(f"--seconds must be from 0.1 to {MAX_SECONDS}, not {args.seconds}")
     return args
 
 
@@ -482,7 +485,7 @@ def check_evaluation_options(parser, args):
 
 
 def parse_args(argv=None):
-    parser = new_parser(__doc__, "sample.py")
+    parser = new_parser("sample.py", __doc__)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the music should be like")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="many prompts, one a line")
     parser.add_argument("-o", "--out", type=Path, help="the wav (default: out.wav), or with --prompts a folder (default: out)")
@@ -500,7 +503,8 @@ def parse_args(argv=None):
     parser.add_argument("--raw", action="store_true", help="use the parameters themselves, not their moving average")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--model-parallel", type=int, default=1, metavar="N", help="devices that share a matrix (default: 1)")
-    parser.add_argument("--plan", metavar="TPU", help="compile the paper's models for a TPU such as v4:2x2x1, print Table 4, and stop")
+    parser.add_argument("--plan", metavar="TPU",
+                        help="compile the paper's models for a TPU such as v4:2x2x1, print Table 4, and stop")
     parser.add_argument("--no-superres", action="store_true", help="stop at 16 kHz, as the paper's evaluation does (Sec. 4.3.1)")
     parser.add_argument("--keep-stages", action="store_true", help="write every stage's output too")
     args = parser.parse_args(argv)

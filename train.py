@@ -23,10 +23,10 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
-import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +48,7 @@ from t5_encoder import check
 CLIP_SECONDS = 30  # Sec. 3.6: "six non-overlapping 30-second clips" from each soundtrack
 CLIPS_PER_TRACK = 6
 AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".rf64"}
+CACHE = 4 * 2**30
 PREVIEW_STEPS = 64
 
 
@@ -58,6 +59,12 @@ def warn(message):
 def fail(message, status=2):
     warn(message)
     raise SystemExit(status)
+
+
+def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; see {prog} --help")
+    return parser
 
 
 # ---- The data set (Secs. 3.6 and 4.1) ----
@@ -166,7 +173,6 @@ def reason(error, path):
     return " ".join(text.split()).rstrip(".")
 
 
-@functools.lru_cache(maxsize=256)  # half a gigabyte: a small data set is decoded once
 def load_audio(path: Path, start: float, seconds: float, rate: int) -> np.ndarray:
     """`seconds` of a file from `start`, mono at `rate` Hz, padded with silence: float32 (seconds * rate,).
 
@@ -202,7 +208,13 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def make_example(clips, model: n2m.Model, seed: int, texts_of, bad: dict, index: int) -> Example:
+def cached_audio(clips: list[Clip], rate: int):
+    """`load_audio` that keeps what it decoded, CACHE bytes at the most: a small data set is decoded once."""
+    clip_bytes = 4 * rate * np.mean([clip.seconds for clip in clips])
+    return functools.lru_cache(maxsize=int(CACHE / clip_bytes))(load_audio)
+
+
+def make_example(clips, model: n2m.Model, seed: int, texts_of, bad: dict, index: int, load=load_audio) -> Example:
     """Example number `index` of a run, a pure function of the seed and the index, so that a run resumes exactly.
 
     Each epoch visits every clip once. A file that turns out to be bad is reported once, noted in `bad`, and replaced.
@@ -213,7 +225,7 @@ def make_example(clips, model: n2m.Model, seed: int, texts_of, bad: dict, index:
     for _ in range(100):
         try:
             if clip.track.path not in bad:
-                audio = load_audio(clip.track.path, clip.start, clip.seconds, model.audio_rate)
+                audio = load(clip.track.path, clip.start, clip.seconds, model.audio_rate)
                 break
         except (OSError, ValueError, RuntimeError) as error:
             if bad.setdefault(clip.track.path, error) is error:
@@ -298,7 +310,8 @@ def optimizer(c: n2m.TrainingConfig):
 
 def state_layout(model: n2m.Model, mesh) -> State:
     """How a State lies on a mesh: parameters by the first column of SHARDING, their average and Adam's moments by the second."""
-    now, rest, everywhere = n2m.shardings(model.unet, mesh, 0), n2m.shardings(model.unet, mesh, 1), NamedSharding(mesh, PartitionSpec())
+    now, rest = n2m.shardings(model.unet, mesh, 0), n2m.shardings(model.unet, mesh, 1)
+    everywhere = NamedSharding(mesh, PartitionSpec())
     adam, *others = jax.eval_shape(functools.partial(init_state, model, 0)).opt
     adam = adam._replace(count=everywhere, mu=rest, nu=rest)
     return State(now, rest, (adam, *jax.tree.map(lambda _: everywhere, others)), everywhere)
@@ -320,8 +333,8 @@ def on_mesh(tree, layout):
     return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, layout(mesh))
 
 
-def init_state(model: n2m.Model, seed: int) -> State:
-    params = n2m.init_params(jax.random.key(seed), model.unet)
+def init_state(model: n2m.Model, seed: int, params=None) -> State:
+    params = n2m.init_params(jax.random.key(seed), model.unet) if params is None else params
     ema = jax.tree.map(jnp.copy, params)  # a copy, since `update` gives the state's memory away
     return State(params, ema, optimizer(model.training).init(params), jnp.zeros((), jnp.int32))
 
@@ -432,6 +445,11 @@ def model_from_json(text: str) -> n2m.Model:
     return n2m.Model(**{k: parts[k](**tuples(v)) if k in parts else v for k, v in d.items()})
 
 
+def write_checkpoint(path: Path, tensors: dict, model: n2m.Model, metadata: dict):
+    metadata = {"model": json.dumps(dataclasses.asdict(model)), **{k: json.dumps(v) for k, v in metadata.items()}}
+    t5_encoder.write_safetensors(path, tensors, metadata)
+
+
 def save_checkpoint(folder: Path, state: State, model: n2m.Model, metadata: dict) -> Path:
     """Everything a run is: parameters, EMA, optimiser, step; configuration, seed and data position as metadata.
 
@@ -441,8 +459,7 @@ def save_checkpoint(folder: Path, state: State, model: n2m.Model, metadata: dict
     state = jax.tree.map(gather, state)
     if jax.process_index():
         return path
-    metadata = {"model": json.dumps(dataclasses.asdict(model)), **{k: json.dumps(v) for k, v in metadata.items()}}
-    t5_encoder.write_safetensors(path, dict(zip(*flatten(state))), metadata)
+    write_checkpoint(path, dict(zip(*flatten(state))), model, metadata)
     for old in checkpoints(folder)[:-2]:
         old.unlink()
     return path
@@ -466,13 +483,14 @@ def load_checkpoint(path: Path, name: str, keep=lambda name: True):
 
 
 def restore(tree, tensors: dict, prefix: str, path: Path):
-    """The tensors named `prefix`/... in the structure of `tree` (arrays or their shapes)."""
+    """The tensors named `prefix`... in the structure, and the types, of `tree` (arrays or their shapes)."""
     names, leaves = flatten(tree)
     for name, leaf in zip(names, leaves):
         array = tensors.get(prefix + name)
         check(array is not None and array.shape == leaf.shape,
               f"{path}: lacks {prefix + name} of shape {leaf.shape}; it is of another version or model")
-    return jax.tree.unflatten(jax.tree.structure(tree), [tensors[prefix + name] for name in names])
+    arrays = [tensors[prefix + name].astype(leaf.dtype) for name, leaf in zip(names, leaves)]
+    return jax.tree.unflatten(jax.tree.structure(tree), arrays)
 
 
 def load_model(folder: Path, name: str, raw: bool = False):
@@ -481,8 +499,40 @@ def load_model(folder: Path, name: str, raw: bool = False):
     check(found, f"{folder / name}: no trained {name} here; train one:  python train.py {name} --data DIR --out {folder}")
     prefix = "params/" if raw else "ema/"
     model, tensors, metadata = load_checkpoint(found[-1], name, lambda n: n.startswith(prefix))
+    return model, restore_params(model, tensors, prefix, found[-1]), metadata
+
+
+def restore_params(model: n2m.Model, tensors: dict, prefix: str, path: Path):
     shapes = jax.eval_shape(lambda key: n2m.init_params(key, model.unet), jax.random.key(0))
-    return model, restore(shapes, tensors, prefix, found[-1]), metadata
+    return restore(shapes, tensors, prefix, path)
+
+
+EXPORT_HELP = """What sample.py needs of finished runs, small enough to give away: the averaged parameters in bfloat16, and the T5.
+
+    python train.py export runs demo"""
+
+
+def export(args):
+    for name in n2m.NAMES:
+        if not (found := checkpoints(args.runs / name)):
+            continue
+        model, tensors, metadata = load_checkpoint(found[-1], name, lambda n: n.startswith("ema/"))
+        if metadata["t5_fingerprint"]:
+            shutil.copytree(metadata["t5"] or args.runs / "t5", args.out / "t5", dirs_exist_ok=True)
+        path = args.out / name / found[-1].name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(path, {k: v.astype(jnp.bfloat16) for k, v in tensors.items()}, model, metadata | {"t5": None})
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def parse_export_args(argv):
+    parser = new_parser("train.py export", EXPORT_HELP)
+    parser.add_argument("runs", type=Path, metavar="RUNS", help="--out of the runs")
+    parser.add_argument("out", type=Path, metavar="DIR", help="for sample.py --models")
+    args = parser.parse_args(argv)
+    if not any(checkpoints(args.runs / name) for name in n2m.NAMES):
+        parser.error(f"{args.runs}: no checkpoints in it")
+    return args
 
 
 # ---- T5 (Sec. 3.4) ----
@@ -647,7 +697,8 @@ def plan_mesh(topology: str, model_parallel: int):
         devices = topologies.get_topology_desc(topology, "tpu", chip_config_name="megacore").devices
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"--plan {topology}: {reason}; it needs libtpu (pip install 'jax[tpu]'), and a shape such as v4:2x2x1") from None
+        raise ValueError(f"--plan {topology}: {reason}; it needs libtpu (pip install 'jax[tpu]'), and a shape such as "
+                         "v4:2x2x1") from None
     return n2m.make_mesh(model_parallel, devices), CHIPS[kind]
 
 
@@ -660,7 +711,8 @@ def collectives(hlo: str) -> tuple[dict, int]:
     """How many collectives of each kind a compiled program has, and the bytes they put on a chip's links."""
     size = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
     counts, total = {}, 0
-    for result, kind in re.findall(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", hlo):
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", hlo):
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
         sent = sum(size.get(t, 4) * math.prod(int(d) for d in dims.split(",") if d) for t, dims in arrays)
         counts[kind] = counts.get(kind, 0) + 1
@@ -682,11 +734,13 @@ def plan(name: str, lowered, params: float, chip: Chip, repeat: int = 1, beside:
     arithmetic, traffic, links = (1e3 * repeat * a for a in (
         cost["flops"] / chip.flops, cost["bytes accessed"] / chip.hbm, sent / chip.links))
     step = max(arithmetic, traffic) + links
+    kinds = " + ".join(f"{n} {kind}" for kind, n in counts.items()) or "no collectives"
     used = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
             - memory.alias_size_in_bytes) / 2**30
     print(f"{name:25s} {params / 1e6:6.1f} M {arithmetic:8.1f} ms {traffic:9.1f} ms {links:9.2f} ms {step:7.1f} ms "
-          f"{used:7.2f} GiB {seconds:10.0f} s   " + (" + ".join(f"{n} {k}" for k, n in counts.items()) or "no collectives") + beside, flush=True)
-    check(used <= chip.memory, f"{name}: {used:.1f} GiB do not fit a chip of {chip.memory} GiB; a larger --accumulate or topology does")
+          f"{used:7.2f} GiB {seconds:10.0f} s   {kinds}{beside}", flush=True)
+    check(used <= chip.memory,
+          f"{name}: {used:.1f} GiB do not fit a chip of {chip.memory} GiB; a larger --accumulate or topology does")
     return step, used
 
 
@@ -728,7 +782,7 @@ def load_embedder(spec: str):
     module, _, name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{spec}: {error}; an embedder is a .npy or .npz file, or package.module:function") from None
     check(callable(function), f"{spec}: not a function")
     return function
@@ -740,10 +794,10 @@ def load_embeddings(path: Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r")
         if not isinstance(array, np.ndarray):
             check(len(array.files) == 1, f"holds {len(array.files)} arrays, not one")
-            array = array[array.files[0]]
+            array = np.asarray(array[array.files[0]])
         check(array.dtype.kind == "f" and array.ndim in (2, 3), f"holds {array.dtype} {array.shape}")
         check(array.size, "is empty")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of ten kinds, for a damaged file
         why = error.strerror if isinstance(error, OSError) and error.strerror else reason(error, path)
         raise ValueError(f"{path}: {why}; embeddings are one array of floats, (N, E) or (N, frames, E)") from None
     return array
@@ -753,14 +807,15 @@ def embed(function, spec: str, inputs) -> np.ndarray:
     """function(inputs), checked: (N, E) or (N, F, E) for N texts or N pieces of audio, these WINDOWS at a time."""
     if isinstance(inputs, list):
         out = np.asarray(function(inputs), np.float32)
+        check(out.ndim == 2 and len(out) == len(inputs),
+              f"{spec}: made {out.shape} of {len(inputs)} texts; wanted ({len(inputs)}, E)")
     else:
         padded = np.pad(inputs, [(0, -len(inputs) % WINDOWS), (0, 0)])
         out = [np.asarray(function(padded[i : i + WINDOWS]), np.float32) for i in range(0, len(padded), WINDOWS)]
         check(all(o.ndim in (2, 3) and len(o) == WINDOWS for o in out),
               f"{spec}: made {out[0].shape} of audio {padded[:WINDOWS].shape}; wanted (N, E) or (N, frames, E)")
         out = np.concatenate(out)[: len(inputs)]
-    check(out.ndim in (2, 3) and len(out) == len(inputs) and out.size,
-          f"{spec}: made {out.shape} of {len(inputs)} texts; wanted ({len(inputs)}, E)")
+    check(out.size, f"{spec}: made an empty {out.shape} of {len(inputs)} inputs")
     return out
 
 
@@ -796,7 +851,8 @@ def read_vocabulary(kind, path, k_prime=None, k=K) -> Vocabulary:
     captions = [line.strip() for line in Path(path).read_text("utf-8", "replace").removesuffix("\n").split("\n")]
     for number, caption in enumerate(captions, 1):
         check(caption, f"{path}:{number}: an empty line; every line is a caption")
-    check(0 < k_prime <= k <= len(captions), f"{path}: {len(captions)} captions for K' = {k_prime} of K = {k}; wanted K' <= K <= captions")
+    check(0 < k_prime <= k <= len(captions),
+          f"{path}: {len(captions)} captions for K' = {k_prime} of K = {k}; wanted K' <= K <= captions")
     check(k <= n2m.CAPTION_BLOCK // n2m.CAPTION_GROUP, f"{path}: K = {k} is over {n2m.CAPTION_BLOCK // n2m.CAPTION_GROUP}")
     return Vocabulary(kind, Path(path), captions, k_prime, k)
 
@@ -849,15 +905,16 @@ def embed_clips(function, spec, clips: list[Clip]) -> np.ndarray:
 
 
 def clip_embeddings(spec: str, clips: list[Clip], work: Path):
-    """(N, E) for N clips, the user's array or made by the user's function and kept in the folder `work`; and what tells it from others."""
-    embedder, of = load_embedder(spec), crc(*((clip.track.path.resolve(), clip.start, clip.seconds) for clip in clips))
+    """(N, E) for N clips, the user's array, or made by the user's function and kept in `work`; and what tells it from others."""
+    embedder = load_embedder(spec)
+    of = crc(*((clip.track.path.resolve(), clip.track.path.stat().st_mtime_ns, clip.start, clip.seconds) for clip in clips))
     if isinstance(embedder, np.ndarray):
         check(embedder.ndim == 2 and len(embedder) == len(clips),
-              f"{spec}: embeddings {embedder.shape} for {len(clips)} clips; wanted a row for each, in their order (see label --help)")
+              f"{spec}: embeddings {embedder.shape} for {len(clips)} clips; wanted a row for each, in order (see label --help)")
         return embedder, crc(of, spec, os.stat(spec).st_mtime_ns)
     width = embed_clips(embedder, spec, clips[:1]).shape[1]
-    return blockwise(work / f"clips-{crc(of, spec)}.f32", (len(clips), width), np.float32,
-                     lambda start, end: embed_clips(embedder, spec, clips[start:end]), "clips embedded", 2 * WINDOWS), crc(of, spec)
+    of, make = crc(of, spec, width), lambda start, end: embed_clips(embedder, spec, clips[start:end])
+    return blockwise(work / f"clips-{of}.f32", (len(clips), width), np.float32, make, "clips embedded", 2 * WINDOWS), of
 
 
 def caption_embeddings(spec: str | None, v: Vocabulary, work: Path):
@@ -865,33 +922,38 @@ def caption_embeddings(spec: str | None, v: Vocabulary, work: Path):
     path, of = v.path.with_suffix(".npy"), crc(*v.captions)
     if path.exists():
         array = load_embeddings(path)
-        check(array.ndim == 2 and len(array) == len(v.captions), f"{path}: embeddings {array.shape} for the {len(v.captions)} lines of {v.path}")
+        check(array.ndim == 2 and len(array) == len(v.captions),
+              f"{path}: embeddings {array.shape} for the {len(v.captions)} lines of {v.path}")
         return array, crc(of, path, path.stat().st_mtime_ns)
     check(spec, f"{v.path}: no embeddings; put them in {path}, a row for each line, or give --text-embedder")
     function = load_embedder(spec)
     check(callable(function), f"--text-embedder is a function; the array of {v.path} belongs in {path}")
     make = lambda start, end: embed(function, spec, v.captions[start:end])
-    return blockwise(work / f"{v.path.stem}-{crc(of, spec)}.f32", (len(v.captions), make(0, 1).shape[-1]), np.float32, make,
-                     f"{v.path.name} embedded"), crc(of, spec)
+    width = make(0, 1).shape[-1]
+    of = crc(of, spec, width)
+    return blockwise(work / f"{v.path.stem}-{of}.f32", (len(v.captions), width), np.float32, make, f"{v.path.name} embedded"), of
 
 
 def pseudo_labels(args, clips: list[Clip], work: Path):
     """Sec. 3.5: the clips that have an embedding, and the captions of each: {"long": [...], "short": [...]}."""
     vocabularies = [read_vocabulary(*v) for v in args.vocabulary]
-    x, of = clip_embeddings(args.audio_embedder, clips, work)
+    load_embedder(args.audio_embedder)  # says what is wrong with it before the captions are embedded
     texts = [caption_embeddings(args.text_embedder, v, work) for v in vocabularies]
+    x, of = clip_embeddings(args.audio_embedder, clips, work)
     for v, (y, _) in zip(vocabularies, texts):
-        check(y.shape[1] == x.shape[1], f"{v.path}: embeddings {y.shape[1]} wide, of the clips {x.shape[1]}; they must be of one space")
-        bad = np.flatnonzero(~np.isfinite(y.sum(axis=1)))
-        check(not len(bad), f"{v.path}: {len(bad)} embeddings are not numbers; the first is of line {bad[:1] + 1}")
-    good = np.flatnonzero(np.isfinite(x.sum(axis=1)))
+        check(y.shape[1] == x.shape[1],
+              f"{v.path}: embeddings {y.shape[1]} wide, of the clips {x.shape[1]}; they must be of one space")
+        bad = np.flatnonzero(~np.isfinite(y.sum(axis=1, dtype=np.float64)))
+        check(not len(bad), f"{v.path}: {len(bad)} embeddings are not numbers; the first is of line {bad.min(initial=len(y)) + 1}")
+    good = np.flatnonzero(np.isfinite(x.sum(axis=1, dtype=np.float64)))
     check(len(good), f"{args.audio_embedder}: none of {len(clips)} embeddings is of numbers")
     if len(good) < len(clips):
         warn(f"{len(clips) - len(good)} of {len(clips)} clips have no embedding of numbers; left out")
     labels = [{"long": [], "short": []} for _ in good]
     for number, (v, (y, text_of)) in enumerate(zip(vocabularies, texts)):
-        nearest = lambda start, end: n2m.top_captions(y, x[good[start:end]], v.k)
-        top = blockwise(work / f"{v.path.stem}-top-{crc(of, text_of, v.k)}.i32", (len(good), v.k), np.int32, nearest, f"nearest of {v.path.name}")
+        nearest = lambda start, end, y=y, k=v.k: n2m.top_captions(y, x[good[start:end]], k)
+        kept = work / f"{v.path.stem}-top-{crc(of, text_of, v.k)}.i32"
+        top = blockwise(kept, (len(good), v.k), np.int32, nearest, f"nearest of {v.path.name}")
         for entry, drawn in zip(labels, n2m.draw_captions(top, v.k_prime, [args.seed, number]).tolist()):
             entry[v.kind] += [v.captions[i] for i in drawn]
     return [clips[i] for i in good], labels
@@ -904,9 +966,10 @@ def header_tags(track: Track) -> Track:
     try:
         with soundfile.SoundFile(track.path) as file:
             found = file.copy_metadata()
-    except (OSError, RuntimeError):
+    except (OSError, ValueError, RuntimeError):
         return track  # `find_clips` has its say
-    return track._replace(short=tuple(found[key].strip() for key in ("title", "artist", "album", "genre") if found.get(key, "").strip()))
+    tags = (found.get(key, "").strip() for key in ("title", "artist", "album", "genre"))
+    return track._replace(short=tuple(tag for tag in tags if tag))
 
 
 def label(args):
@@ -928,9 +991,10 @@ def label(args):
             long, short = list(clip.track.long), list(clip.track.short)
             if args.high_quality and short:  # "while the metadata of the tracks are concatenated to form the text prompt"
                 long, short = [*long, ", ".join(short)], []
-            entry = {"audio": os.path.relpath(clip.track.path, out.parent), "start": round(clip.start, 3),
+            path = clip.track.path.parent.resolve() / clip.track.path.name
+            entry = {"audio": os.path.relpath(path, out.parent.resolve()), "start": round(clip.start, 3),
                      "long": long + pseudo["long"], "short": short + pseudo["short"]}
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.write(json.dumps(entry) + "\n")
     os.replace(part, out)
     kept = f"; {work} keeps the embeddings for another run, and can be deleted" if work.exists() else ""
     print(f"{out}: {len(clips)} clips with their captions{kept}")
@@ -952,19 +1016,21 @@ rows in the order of metadata.jsonl or of the sorted file names, and of the clip
 
 DIR/metadata.jsonl, if there, says of each track {"audio": "one.flac", "title": "...", "tags": ["jazz", "piano"]}; otherwise all
 audio in DIR is taken, with the title, artist, album and genre that the files themselves hold. The result is the captions.jsonl
-that training reads. A run that was stopped goes on where it was. The memory is about that of the captions as text, the
+that training reads. A run that was stopped goes on where it was, with what it has embedded (delete the folder OUT.work after
+a change inside an embedder). The memory is about that of the captions as text, the
 clips' embeddings, and 1 GB."""
 
 
 def parse_label_args(argv):
-    parser = argparse.ArgumentParser(prog="train.py label", description=LABEL_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see label --help")
+    parser = new_parser("train.py label", LABEL_HELP)
     parser.add_argument("folder", type=Path, metavar="DIR", help="the music")
-    parser.add_argument("--vocabulary", nargs="+", action="append", default=[], metavar="X", help="KIND FILE [K' [K]]: long or short, a "
-                        "file of a caption a line, how many to give each clip (3 long, 6 short), out of how many (10); may be repeated")
+    parser.add_argument("--vocabulary", nargs="+", action="append", default=[], metavar="X",
+                        help="KIND FILE [K' [K]]: long or short, a file of a caption a line, how many to give each clip (3 long, 6 "
+                        "short), out of how many (10); may be repeated")
     parser.add_argument("--audio-embedder", metavar="E", help="package.module:function, or an array in a .npy or .npz")
     parser.add_argument("--text-embedder", metavar="E", help="package.module:function; or put lamda.npy beside lamda.txt")
-    parser.add_argument("--high-quality", action="store_true", help="concatenate titles and tags to one prompt, and take all clips of a track")
+    parser.add_argument("--high-quality", action="store_true",
+                        help="concatenate titles and tags to one prompt, and take all clips of a track")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/captions.jsonl")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     args = parser.parse_args(argv)
@@ -991,22 +1057,23 @@ OVERRIDES = {  # fields of TrainingConfig that have an option each
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see --help")
+    parser = new_parser("train.py", __doc__)
     parser.add_argument("model", choices=n2m.NAMES, metavar="MODEL", help="one of " + ", ".join(n2m.NAMES))
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, metavar="DIR", help="folder of audio and captions")
     source.add_argument("--overfit", type=Path, metavar="FILE", help="memorise one clip: if this fails, nothing else will work")
     parser.add_argument("--out", type=Path, metavar="RUNS", help="folder of all runs; this one goes into RUNS/MODEL")
     parser.add_argument("--tiny", action="store_true", help="a small variant of the model, for a CPU")
-    parser.add_argument("--t5", metavar="DIR", help="T5 encoder, Hugging Face's layout (default: RUNS/t5, made at random if absent)")
-    many = parser.add_argument_group("many devices: one process uses all it sees; or several, each with the same command but --process")
-    many.add_argument("--model-parallel", type=int, default=1, metavar="N", help="devices that share a matrix (default: 1); the rest "
-                      "share the batch")
+    parser.add_argument("--init", type=Path, metavar="FILE", help="begin with a checkpoint's averaged parameters, its size, T5 and "
+                        "configuration: demo/MODEL/checkpoint-N.safetensors")
+    parser.add_argument("--t5", metavar="DIR", help="T5 encoder, Hugging Face's layout (default: RUNS/t5, random if absent)")
+    many = parser.add_argument_group("many devices: one process uses all it sees; or several, with the same command but --process")
+    many.add_argument("--model-parallel", type=int, default=1, metavar="N",
+                      help="devices that share a matrix (default: 1); the rest share the batch")
     many.add_argument("--processes", type=int, default=1, metavar="N", help="how many processes train together, on a shared --out")
     many.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
-    many.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens; a TPU pod needs none of the last three but "
-                      "--processes")
+    many.add_argument("--coordinator", metavar="HOST:PORT",
+                      help="where process 0 listens; a TPU pod needs none of the last three but --processes")
     parser.add_argument("--plan", metavar="TPU", help="compile a step of the paper's model for a TPU such as v4:4x4x4, say what it "
                         "takes, and stop")
     parser.add_argument("--accumulate", type=int, metavar="N", help="split a batch into N parts to save memory (default: as few as "
@@ -1027,11 +1094,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.plan and (args.out is None or args.data is None and args.overfit is None):
         parser.error("give --out and one of --data and --overfit")
+    if args.init and (args.tiny or args.resume):
+        parser.error("--init begins a run with the size that its file has; leave --tiny and --resume out")
     if not 0 <= (args.seed or 0) < 2**63:
         parser.error(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
     if args.process is not None and not 0 <= args.process < args.processes:
         parser.error(f"--process must be from 0 to {args.processes - 1}, not {args.process}")
-    for name in ("accumulate", "model_parallel", "processes", "log_every", "save_every", "steps", "batch_size", "seconds", "decay_steps", "learning_rate"):
+    for name in ("accumulate", "model_parallel", "processes", "log_every", "save_every", "steps", "batch_size", "seconds",
+                 "decay_steps", "learning_rate"):
         if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")
     return args
@@ -1051,13 +1121,18 @@ def configure(args, model: n2m.Model) -> n2m.Model:
 
 
 def begin(args, folder: Path):
-    """(model, tensors or None, metadata): a new run, or the last checkpoint of the one to resume."""
+    """(model, tensors or None, metadata): a new run, or one that begins with --init's parameters, or the one to resume."""
     found = checkpoints(folder)
     check(bool(found) or not args.resume, f"{folder}: no checkpoint to resume from; leave --resume out to start")
     check(args.resume or not found, f"{folder}: holds {len(found)} checkpoints; --resume goes on, another --out starts anew")
     if not found:
-        model = n2m.tiny(n2m.MODELS[args.model]) if args.tiny else n2m.MODELS[args.model]
-        return configure(args, model), None, {"seed": args.seed or 0, "index": 0, "t5": None, "t5_fingerprint": None}
+        model, tensors = n2m.tiny(n2m.MODELS[args.model]) if args.tiny else n2m.MODELS[args.model], None
+        metadata = {"seed": args.seed or 0, "index": 0, "t5": None, "t5_fingerprint": None}
+        if args.init:
+            model, tensors, old = load_checkpoint(args.init, args.model, lambda name: name.startswith("ema/"))
+            if mark := old["t5_fingerprint"]:
+                metadata |= {"t5": old["t5"] or str(args.init.resolve().parents[1] / "t5"), "t5_fingerprint": mark}
+        return configure(args, model), tensors, metadata
     model, tensors, metadata = load_checkpoint(found[-1], args.model)
     model = configure(args, model)
     check(args.seed in (None, metadata["seed"]), f"{found[-1]}: of seed {metadata['seed']}; leave --seed out")
@@ -1095,13 +1170,14 @@ def prepare(args):
     if args.overfit:
         make = lambda index: example
     else:
-        make = functools.partial(make_example, clips, model, metadata["seed"], texts_of, {})
+        load = cached_audio(clips, model.audio_rate)
+        make = functools.partial(make_example, clips, model, metadata["seed"], texts_of, {}, load=load)
 
-    if tensors:
+    if args.resume:
         shapes = jax.eval_shape(functools.partial(init_state, model, 0))
         state = restore(shapes, tensors, "", checkpoints(folder)[-1])
     else:
-        state = init_state(model, metadata["seed"])
+        state = init_state(model, metadata["seed"], restore_params(model, tensors, "ema/", args.init) if args.init else None)
     mesh = training_mesh(args, model.training.batch_size)
     state = place(state, state_layout(model, mesh))
     folder.mkdir(parents=True, exist_ok=True)
@@ -1140,10 +1216,14 @@ def run(args):
     train(args, *prepare(args))
 
 
+COMMANDS = {"label": (label, parse_label_args), "export": (export, parse_export_args)}
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["label"]:
-        run_command(label, parse_label_args(argv[1:]))
+    if argv[:1] and argv[0] in COMMANDS:
+        command, parse = COMMANDS[argv[0]]
+        run_command(command, parse(argv[1:]))
     else:
         run_command(run, parse_args(argv))
 

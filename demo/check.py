@@ -1,0 +1,194 @@
+"""What the models in demo/ can do, measured on pieces and seeds that they were not trained on.
+
+    pip install -e ".[demo]"
+    python demo/make_data.py data                                             # once
+    python demo/check.py prompts prompts.jsonl                                # 216 prompts: 72 triples of slow, medium, fast
+    python sample.py --prompts prompts.jsonl --route waveform -o check-waveform
+    python demo/check.py clips data check-waveform                            # instruments, tempi, FAD, levels
+    python demo/check.py stages data                                          # each stage alone, on held-out pieces
+
+All results are JSON. An instrument is named by logistic regression on the mean and the deviation of the 80 log-mel channels,
+trained on the real clips of data/train; tempo is the number of onsets that librosa finds in a second.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import librosa
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import jax
+
+import make_data
+import noise2music as n2m
+import t5_encoder
+import train
+
+SECONDS = 10
+
+
+def prompts(args):
+    """Triples that differ in the tempo alone, and in the seed: every instrument six times."""
+    rng, lines = np.random.default_rng(args.seed), []
+    templates = [t for t in make_data.LONG if "{mode}" not in t and "{composer}" not in t]
+    for i in range(72):
+        instrument = list(make_data.INSTRUMENTS)[i % 12]
+        words = {"instrument": rng.choice(make_data.INSTRUMENTS[instrument][0]), "genre": rng.choice(("reel", "jig", "hornpipe", "tune")),
+                 "region": rng.choice(("Irish", "Scottish", "American"))}
+        template = rng.choice(templates)
+        for tempo, (names, *_) in make_data.TEMPI.items():
+            text = make_data.sentence(template, words | {"tempo": rng.choice(names)})
+            lines.append(json.dumps({"prompt": text, "seed": 10_000 + len(lines), "seconds": SECONDS}) + "\n")
+    args.out.write_text("".join(lines))
+
+
+def truth_of(number: int) -> tuple[str, str]:
+    """Instrument and tempo of prompt `number`."""
+    return list(make_data.INSTRUMENTS)[number // 3 % 12], list(make_data.TEMPI)[number % 3]
+
+
+# ---- Whole clips ----
+
+
+def load(path: Path, rate: int = n2m.MEL_RATE) -> np.ndarray:
+    """The first SECONDS of a file, (samples,) float32 at `rate`."""
+    return train.load_audio(path, 0.0, SECONDS, rate)
+
+
+def real_clips(folder: Path) -> list[dict]:
+    return [{**entry, "path": folder / entry["audio"]} for entry in map(json.loads, (folder / "captions.jsonl").open())]
+
+
+def statistics(paths) -> np.ndarray:
+    """(N, F, 160): a vector a second, `n2m.log_mel_statistics`."""
+    return np.concatenate([n2m.log_mel_statistics(load(path)[None]) for path in paths])
+
+
+def features(x: np.ndarray) -> np.ndarray:
+    """(N, 160): the mean of each channel, and its deviation within and between the seconds."""
+    mean, std = x[..., :80], x[..., 80:]
+    return np.concatenate([mean.mean(axis=1), np.sqrt((std**2).mean(axis=1) + mean.var(axis=1))], axis=1)
+
+
+def onset_rate(path: Path) -> float:
+    audio = load(path)
+    return len(librosa.onset.onset_detect(y=audio, sr=n2m.MEL_RATE)) / SECONDS
+
+
+def rising(rates) -> float:
+    """The share of triples in which the onset rate rises from slow to medium to fast."""
+    return float(np.mean([a < b < c for a, b, c in np.reshape(rates, (-1, 3))]))
+
+
+def fads(x, x_names, y, y_names) -> dict:
+    """FAD of all clips; and, averaged, of the clips of each instrument against those of the same, and of the next, one."""
+    frames = lambda a: np.asarray(a, np.float64).reshape(-1, a.shape[-1])
+    fad = lambda a, b: n2m.frechet_distance(n2m.gaussian(frames(a)), n2m.gaussian(frames(b)))
+    of = lambda a, names, name: a[np.array(names) == name]
+    names = list(make_data.INSTRUMENTS)
+    pairs = {"same_instrument": zip(names, names), "shuffled_prompts": zip(names, names[1:] + names[:1])}
+    return {"all": fad(x, y), **{key: float(np.mean([fad(of(x, x_names, a), of(y, y_names, b)) for a, b in pair]))
+                                 for key, pair in pairs.items()}}  # fmt: skip
+
+
+def levels(paths) -> dict:
+    """[lowest, median, highest] of the loudness, of the share of samples at full scale, and of the spectral flatness (1 is white)."""
+    rows = []
+    for path in paths:
+        audio = load(path)
+        flatness = librosa.feature.spectral_flatness(y=audio, n_fft=1024, hop_length=512)[0]
+        rows.append((10 * np.log10(np.mean(audio**2) + 1e-12), np.mean(np.abs(audio) > 0.99), np.median(flatness)))
+    low, middle, high = (np.round(q, 4).tolist() for q in np.percentile(rows, (0, 50, 100), axis=0))
+    return {name: [low[i], middle[i], high[i]] for i, name in enumerate(("dBFS", "clipped", "flatness"))}
+
+
+def clips(args):
+    paths = sorted(args.clips.glob("*.wav"))
+    instruments, tempi = zip(*(truth_of(int(path.stem)) for path in paths))
+    real, held = real_clips(args.data / "train"), real_clips(args.data / "heldout")
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    classifier.fit(features(statistics([e["path"] for e in real])), [e["instrument"] for e in real])
+    x, y, y_names = statistics(paths), statistics([e["path"] for e in held]), [e["instrument"] for e in held]
+    named, half = classifier.predict(features(x)), len(held) // 2
+    in_threes = [e["path"] for e in sorted(held, key=lambda e: (int(e["audio"][:5]) // 36, e["instrument"], int(e["audio"][:5])))]
+    right = named == np.array(instruments)
+    result = {
+        "clips": len(paths),
+        "instrument_accuracy": float(right.mean()),
+        "by_instrument": {name: float(right[np.array(instruments) == name].mean()) for name in make_data.INSTRUMENTS},
+        "instrument_accuracy_of_heldout": float(np.mean(classifier.predict(features(y)) == np.array(y_names))),
+        "tempo_rises": rising([onset_rate(path) for path in paths[: len(paths) // 3 * 3]]),
+        "tempo_rises_of_heldout": rising([onset_rate(path) for path in in_threes[: 36 * (len(held) // 36)]]),
+        "fad": fads(x, instruments, y[half:], y_names[half:]),
+        "fad_of_a_second_real_half": fads(y[:half], y_names[:half], y[half:], y_names[half:]),
+        "levels": levels(paths),
+        "levels_of_heldout": levels([e["path"] for e in held]),
+    }
+    print(json.dumps(result, indent=1))
+
+
+# ---- Each stage alone ----
+
+
+def log_spectral_distance(x, y) -> float:
+    """The deviation of two power spectra in dB, over the frequencies, averaged over frames of 1024; floor at -80 dB."""
+    power = lambda a: 10 * np.log10(np.abs(librosa.stft(np.asarray(a), n_fft=1024, hop_length=256)) ** 2 + 1e-8)
+    return float(np.mean(np.sqrt(np.mean((power(x) - power(y)) ** 2, axis=0))))
+
+
+def stage(models: Path, t5, name: str, entry: dict, number: int):
+    """(log-spectral distance of the stage's output from the truth, and of what needs no training)."""
+    model, params, _ = train.load_model(models, name)
+    truth = load(entry["path"], model.rate)
+    if model.low_rate:
+        low = n2m.fft_resample(truth, SECONDS * model.low_rate, np)
+        plain = n2m.fft_resample(low, len(truth), np)
+    else:
+        low = np.asarray(n2m.log_mel(truth[None])[0])
+        plain = np.asarray(n2m.griffin_lim(low[None])[0])
+    condition = n2m.sampling_condition(model, jax.numpy.asarray(low)[None], SECONDS)
+    if n2m.uses_text(model):
+        text, mask = t5_encoder.encode(t5, [entry["long"][0]], model.training.token_length)
+        condition = condition._replace(text=text, text_mask=mask)
+    length = n2m.padded_length(model.unet, len(truth))
+    x = n2m.sample(params, model, condition, jax.random.split(jax.random.key(number), 1), length)[0, : len(truth), 0]
+    return log_spectral_distance(x, truth), log_spectral_distance(plain, truth)
+
+
+def stages(args):
+    t5, held = t5_encoder.load_t5(args.models / "t5"), real_clips(args.data / "heldout")[: args.n]
+    for name in ("waveform_cascader", "spectrogram_vocoder", "superresolution_cascader"):
+        found = [stage(args.models, t5, name, entry, 20_000 + i) for i, entry in enumerate(held)]
+        ours, plain = np.mean(found, axis=0)
+        closer = np.mean([a < b for a, b in found])
+        print(json.dumps({"stage": name, "clips": len(found), "lsd": round(ours, 2), "lsd_untrained": round(plain, 2), "closer": closer}), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("prompts")
+    command.add_argument("out", type=Path)
+    command.add_argument("--seed", type=int, default=1)
+    command.set_defaults(run=prompts)
+    command = commands.add_parser("clips")
+    command.add_argument("data", type=Path)
+    command.add_argument("clips", type=Path)
+    command.set_defaults(run=clips)
+    command = commands.add_parser("stages")
+    command.add_argument("data", type=Path)
+    command.add_argument("--models", type=Path, default=Path(__file__).parent)
+    command.add_argument("-n", type=int, default=72)
+    command.set_defaults(run=stages)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

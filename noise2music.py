@@ -218,16 +218,26 @@ def writes_log_mel(model: Model) -> bool:
     return model.unet.out_channels == MEL_CHANNELS
 
 
+# fmt: off
+TINY = {                          # base  kernel  strides             channels
+    "waveform_generator":         (32,    7,      (4, 4, 4, 4, 4, 4), (1, 1, 2, 3, 4, 4)),
+    "waveform_cascader":          (32,    7,      (4, 4, 4, 4, 4),    (1, 2, 3, 3, 2)),
+    "spectrogram_generator":      (160,   5,      (2, 4, 3, 2, 2),    (1, 1, 1, 2, 2)),
+    "spectrogram_vocoder":        (32,    5,      (2, 4, 4, 5),       (1, 2, 3, 6)),
+    "superresolution_cascader":   (32,    7,      (4, 4, 4, 4),       (1, 1, 2, 2)),
+}
+# fmt: on
+
+
 def tiny(model: Model) -> Model:
-    """The same model small enough for a laptop: narrow, with a block a depth, short clips, 64 steps."""
-    unet = replace(
-        model.unet,
-        # A network narrower than its 80 channels of noise cannot pass them on: its loss stays above 1 - width / 80.
-        base_dimension=MEL_CHANNELS if writes_log_mel(model) else 32,
-        blocks=(1,) * model.unet.depth,
-        head_width=16,
-        text_width=64,
-    )
+    """The same model small enough to train on a laptop: narrow, with a block a depth, short clips, fewer steps.
+
+    Where the spectrogram generator first strides by 2, Table 9 strides by 4: what is behind a stride S must be about as wide as
+    the 80 S numbers of noise in S frames, or it cannot tell them from music.
+    """
+    base, kernel, strides, channels = TINY[model.name]
+    unet = replace(model.unet, base_dimension=base, kernel_size=kernel, strides=strides, channels=channels,
+                   blocks=(1,) * model.unet.depth, head_width=16, text_width=64)  # fmt: skip
     training = replace(
         model.training,
         steps=2_000,
@@ -237,7 +247,14 @@ def tiny(model: Model) -> Model:
         warmup_steps=100,
         decay_steps=20_000,
     )
-    return replace(model, unet=unet, training=training, inference=replace(model.inference, steps=64))
+    # choice: no extra noise and little guidance, which suit a small model; 16 steps where the input is nearly the answer.
+    inference = replace(model.inference, steps=64, gamma=0, cfg_scale=model.inference.cfg_scale and 3.0)
+    if model.training.t_max:
+        # departs: under Table 2's linear schedule, noise is louder than the music in x_t for three quarters of t, and up to
+        # Sec. 4.1's t_max in the conditioning input too. A short run then learns to ignore what it should follow.
+        training = replace(training, noise_schedule="cosine", t_max=0.1)
+        inference = replace(inference, steps=16)
+    return replace(model, unet=unet, training=training, inference=inference)
 
 
 # ---- Forward process and noise schedules (Appendix A) ----

@@ -1,7 +1,8 @@
 """Music from a prompt, by the models that train.py made (Secs. 3.3 and 4.2.1).
 
-    python sample.py "a slow piano ballad with strings" -o ballad.wav --models runs
-    python sample.py "upbeat jazz" --route spectrogram --num 4 --seed 7 --models runs
+    python sample.py "a fast Irish reel on the violin"                                # by the small models in demo/
+    python sample.py "a slow piano ballad" -o ballad.wav --route spectrogram --seconds 30
+    python sample.py "upbeat jazz" --num 4 --seed 7 --models runs                     # by your own
     python sample.py --prompts prompts.txt -o folder --models runs
     python sample.py --plan v4:2x2x1            # the paper's models, compiled for a TPU that need not be there
     python sample.py evaluate --help            # FAD and similarity (Sec. 4.3); sweep --help: the ablations of Figs. 2 and 3
@@ -34,9 +35,10 @@ import t5_encoder
 from t5_encoder import check
 from train import (PLAN_HEADER, WINDOWS, Clip, embed, fail, load_audio, load_embedder, load_embeddings, load_model, new_parser,
                    parse_caption, plan, plan_mesh, progress_line, read_tracks, reason, run_command, shaped, t5_fingerprint,
-                   track_clips, warn, write_wav)
+                   track_clips, warn, words_of, write_wav)
 
-MAX_SECONDS = 600
+DEMO = Path(__file__).parent / "demo"
+SECONDS, MAX_SECONDS = 10, 600
 
 
 # ---- Models and prompts ----
@@ -76,7 +78,8 @@ def override(model: n2m.Model, steps, schedule, cfg_scale, gamma) -> n2m.Model:
 
 
 def load_weights(args, stages, mesh):
-    """({name: (model, params)}, text encoder): the models of a route, overridden by the command line, and their T5."""
+    """({name: (model, params)}, text encoder, words): the models of a route, overridden by the command line, their T5, and the
+    words of the captions that the generator was trained on, where they are few."""
     missing = [name for name in stages if not (args.models / name).is_dir()]
     data = "--tiny --data DIR"
     check(not missing, f"{args.models}: no trained {', '.join(missing)} here. Train each of them first:  "
@@ -97,7 +100,7 @@ def load_weights(args, stages, mesh):
     for name, metadata in readers:
         check(metadata["t5_fingerprint"] == t5_fingerprint(t5),
               f"{folder}: not the T5 encoder that {name} was trained with; name that one with --t5")
-    return weights, t5
+    return weights, t5, readers[0][1].get("words")
 
 
 def clean_prompt(text, t5, token_length: int) -> str:
@@ -111,6 +114,13 @@ def clean_prompt(text, t5, token_length: int) -> str:
     if count >= token_length:
         warn(f"the prompt has {count} tokens; the model reads the first {token_length - 1}")
     return text.strip()
+
+
+def remark_on(prompt: str, words):
+    """What a small model has no idea of: `words` are all of its captions, where they were few."""
+    unknown = [word for word in words_of(prompt) if words and word not in words and len(word) > 3]
+    if len(unknown) > len(words_of(prompt)) / 3:
+        warn(f"no caption that the generator learned from had the words {', '.join(unknown)}; it may make little of them")
 
 
 def check_seconds(seconds: float, where: str = ""):
@@ -380,9 +390,9 @@ def sweep(args):
     check(prompts, f"{args.reference}: not every clip has a caption; give the prompts with --prompts")
     truth = EvaluationSet(*(a if a is None else a[: args.limit] for a in truth))
     mesh = serving_mesh(1, 1)
-    weights, t5 = load_weights(args, n2m.ROUTES[args.route][:2], mesh)
+    weights, t5, _ = load_weights(args, n2m.ROUTES[args.route][:2], mesh)
     model = next(iter(weights.values()))[0]
-    seconds = args.seconds or model.training.seconds
+    seconds = args.seconds or max(SECONDS, model.training.seconds)
     prompts = [clean_prompt(prompt, t5, model.training.token_length) for prompt in prompts[: args.limit]]
     points = sweep_points(weights)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v not in (None, False) and k != "out"}
@@ -458,12 +468,12 @@ def parse_sweep_args(argv):
     parser = new_parser("sample.py sweep", SWEEP_HELP)
     add_evaluation_options(parser)
     parser.add_argument("-o", "--out", type=Path, default=Path("sweep.jsonl"), metavar="FILE", help="default: sweep.jsonl")
-    parser.add_argument("--models", type=Path, default=Path("runs"), metavar="DIR", help="train.py's --out (default: runs)")
+    parser.add_argument("--models", type=Path, default=DEMO, metavar="DIR", help="train.py's --out (default: demo)")
     parser.add_argument("--route", choices=tuple(n2m.ROUTES), default="waveform", help="default: waveform")
     parser.add_argument("--t5", metavar="DIR", help="T5 encoder (default: the one the models were trained with)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="other prompts, one a line")
     parser.add_argument("--limit", type=int, default=64, metavar="N", help="clips a point: the first N (default: 64)")
-    parser.add_argument("--seconds", type=float, help="length of a clip (default: what the generator was trained on)")
+    parser.add_argument("--seconds", type=float, help="length (default: what the generator was trained on; but 10 at least)")
     parser.add_argument("--raw", action="store_true", help="use the parameters themselves, not their moving average")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     # Sec. 4.3.1: "the super-resolution cascader is not utilized"
@@ -489,11 +499,12 @@ def parse_args(argv=None):
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the music should be like")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="many prompts, one a line")
     parser.add_argument("-o", "--out", type=Path, help="the wav (default: out.wav), or with --prompts a folder (default: out)")
-    parser.add_argument("--models", type=Path, default=Path("runs"), metavar="DIR", help="train.py's --out (default: runs)")
+    parser.add_argument("--models", type=Path, default=DEMO, metavar="DIR", help="train.py's --out (default: demo)")
     parser.add_argument("--route", choices=tuple(n2m.ROUTES), default="waveform", help="default: waveform")
     parser.add_argument("--t5", metavar="DIR", help="T5 encoder (default: the one the models were trained with)")
     parser.add_argument("--num", type=int, metavar="N", help="clips at once (default: 1; Sec. 4.2.2 serves 4)")
-    parser.add_argument("--seconds", type=float, help="length (default: what the generator was trained on, 30 in the paper)")
+    parser.add_argument("--seconds", type=float,
+                        help="length (default: what the generator was trained on, 30 in the paper; but 10 at least)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     stage = parser.add_argument_group("inference parameters (Table 3): one for all stages, or one a stage, as in 64,32,16")
     stage.add_argument("--steps", metavar="N", help="denoising steps (Table 8 resampled)")
@@ -525,7 +536,7 @@ def run(args):
     stages = n2m.ROUTES[args.route][: 2 if args.no_superres else 3]
     jobs = read_prompts(args.prompts) if args.prompts else [{"prompt": args.prompt}]
     mesh = serving_mesh(args.num, args.model_parallel)
-    weights, t5 = load_weights(args, stages, mesh)
+    weights, t5, words = load_weights(args, stages, mesh)
     generator = weights[stages[0]][0]
     print(f"{args.route} route on {mesh.size} x {jax.devices()[0].device_kind}: " + ", ".join(
         f"{name} {n2m.param_count(m) / 1e6:.1f} M" for name, (m, _) in weights.items()), file=sys.stderr)
@@ -533,10 +544,11 @@ def run(args):
         where = f"{args.prompts}: prompt {i + 1}: " if args.prompts else ""
         try:
             job["prompt"] = clean_prompt(job["prompt"], t5, generator.training.token_length)
+            remark_on(job["prompt"], words)
         except ValueError as error:
             raise ValueError(f"{where}{error}") from None
         job.setdefault("seed", args.seed + i)  # as many clips of one noise would be too much alike to evaluate
-        job.setdefault("seconds", generator.training.seconds if args.seconds is None else args.seconds)
+        job.setdefault("seconds", max(SECONDS, generator.training.seconds) if args.seconds is None else args.seconds)
         check_seconds(job["seconds"], where)
         job["out"] = (args.out or Path("out")) / f"{i:04d}.wav" if args.prompts else args.out or Path("out.wav")
         check(job["out"].suffix.lower() == ".wav", f"{job['out']}: -o takes the name of a .wav")

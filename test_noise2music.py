@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -887,8 +888,7 @@ def test_augmentations_of_section_4_1(monkeypatch, name, t_max, taps, lowest, hi
 @pytest.mark.parametrize("name", n2m.NAMES)
 def test_training_inputs(name):
     """Shapes, padding with silence, and with the augmentation neutralised the conditions are the audio, in place."""
-    model = n2m.tiny(n2m.MODELS[name])
-    model = replace(model, training=replace(model.training, t_max=0.0, blur_taps=0))
+    model = replace(n2m.tiny(n2m.MODELS[name]), training=replace(n2m.MODELS[name].training, t_max=0.0, blur_taps=0))
     samples, cfg = 4800, model.unet
     t = np.arange(samples)
     low, high = (np.sin(2 * np.pi * cycles * t / samples + 1) for cycles in (51, round(0.45 * samples)))
@@ -2088,6 +2088,53 @@ def test_hard_prompts_are_music_too(tmp_path, runs, capfd):
     run_sample("--prompts", prompts, "-o", tmp_path / "out", "--models", runs, "--seconds", 0.3, "--no-superres", "--steps", 1)
     assert len(list((tmp_path / "out").glob("*.wav"))) == 2
     assert "the model reads the first 63" in capfd.readouterr().err
+
+
+def test_exported_averages_sample_and_begin_another_run(tmp_path, data, small_models, capfd):
+    """`export` keeps the averages, as bfloat16, and the T5. `sample.py` reads them, and remarks on words that are new to them; so does
+    `--init`. All of it from where they were moved to."""
+    common = ["--data", data, "--batch-size", 2, "--seconds", "0.64"]
+    for name in n2m.ROUTES["waveform"][:2]:
+        run_train(name, *common, "--tiny", "--out", tmp_path / "runs", "--steps", 2)
+    run_train("export", tmp_path / "runs", tmp_path / "exported")
+    demo = (tmp_path / "exported").rename(tmp_path / "demo")
+    tensors = lambda folder: read_safetensors(train.checkpoints(folder / "waveform_generator")[-1])[0]
+    averages = {k: v for k, v in tensors(tmp_path / "runs").items() if k.startswith("ema/")}
+    exported = tensors(demo)
+    assert exported.keys() == averages.keys() and all(v.dtype == jnp.bfloat16 for v in exported.values())
+    for k in averages:
+        close(np.float32(exported[k]), averages[k], rtol=2**-8)
+    shutil.rmtree(tmp_path / "runs")
+
+    weights = train.checkpoints(demo / "waveform_generator")[-1]
+    run_train("waveform_generator", *common, "--init", weights, "--out", tmp_path / "more", "--steps", 1, "--learning-rate", 1e-30)
+    begun = tensors(tmp_path / "more")
+    for k in averages:
+        close(begun[k.replace("ema/", "params/")], np.float32(exported[k]), atol=1e-20)
+    assert "--tiny" in exits(capfd, train.main, "waveform_generator", *common, "--init", weights, "--tiny", "--out", tmp_path / "no")
+    assert "no checkpoints" in exits(capfd, train.main, "export", tmp_path / "absent", tmp_path / "no")
+
+    for prompt, remark in [("a tone of two hundred hertz", False), ("zither quartet with castanets", True)]:
+        run_sample(prompt, "-o", tmp_path / "x.wav", "--models", demo, "--seconds", 0.3, "--steps", 1, "--no-superres")
+        assert ("zither, quartet" in capfd.readouterr().err) == remark
+
+
+def test_the_models_in_demo():
+    """Five and their T5, 40 MB of weights at most, as `tiny` has them; the T5 has an idea of words that are in no caption."""
+    files = sorted(sample.DEMO.rglob("*.safetensors"))
+    assert len(files) == 6 and sum(path.stat().st_size for path in files) < 40e6
+    t5 = load_t5(sample.DEMO / "t5")
+    for name in n2m.NAMES:
+        model, params, metadata = train.load_model(sample.DEMO, name)
+        assert model.unet == replace(n2m.tiny(n2m.MODELS[name]).unet, text_width=model.unet.text_width)
+        assert model.inference == n2m.tiny(n2m.MODELS[name]).inference
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+        if n2m.uses_text(model):
+            assert metadata["t5_fingerprint"] == train.t5_fingerprint(t5) and "violin" in metadata["words"]
+            assert not {"viola", "keyboard", "speedy"} & set(metadata["words"])
+    text, mask = encode(t5, ["viola", "violin", "trumpet", "keyboard", "piano", "speedy", "fast", "slow"], 8)
+    viola, violin, trumpet, keyboard, piano, speedy, fast, slow = n2m.unit(np.array((text * mask[..., None]).sum(1)), np)
+    assert viola @ violin > viola @ trumpet and keyboard @ piano > keyboard @ trumpet and speedy @ fast > speedy @ slow
 
 
 # ---- sharding and several processes ----

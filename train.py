@@ -1140,6 +1140,10 @@ def begin(args, folder: Path):
     return model, tensors, metadata
 
 
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.lower())
+
+
 def prepare_text(args, model: n2m.Model, metadata: dict, tracks):
     """(model, encode, texts_of): the model as wide as its T5, that T5, and the prompts of a track (Sec. 4.1)."""
     captions = sorted({text for track in tracks for text in track.long + track.short})
@@ -1147,6 +1151,8 @@ def prepare_text(args, model: n2m.Model, metadata: dict, tracks):
     mark = t5_fingerprint(t5)
     check(metadata["t5_fingerprint"] in (None, mark), f"{args.t5 or args.out / 't5'}: not the T5 that this run began with")
     metadata["t5_fingerprint"] = mark
+    words = sorted({word for text in captions for word in words_of(text)})
+    metadata["words"] = words if len(words) <= 5000 else None  # for `sample.py` to tell what a small model never read of
     model = dataclasses.replace(model, unet=dataclasses.replace(model.unet, text_width=t5.config.d_model))
     length, count = model.training.token_length, functools.partial(t5_encoder.count_tokens, t5)
     return model, text_encoder(t5, length), functools.cache(lambda track: text_batch(track, length, count))

@@ -6,6 +6,7 @@
     python sample.py --prompts prompts.jsonl --route waveform -o check-waveform
     python demo/check.py clips data check-waveform                            # instruments, tempi, FAD, levels
     python demo/check.py stages data                                          # each stage alone, on held-out pieces
+    python demo/check.py picture reel.wav reel.png                            # its mel spectrogram
 
 All results are JSON. An instrument is named by logistic regression on the mean and the deviation of the 80 log-mel channels,
 trained on the real clips of data/train; tempo is the number of onsets that librosa finds in a second.
@@ -17,7 +18,10 @@ import sys
 from pathlib import Path
 
 import librosa
+import librosa.display
+import matplotlib
 import numpy as np
+from matplotlib import pyplot
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -31,6 +35,7 @@ import t5_encoder
 import train
 
 SECONDS = 10
+matplotlib.use("agg")
 
 
 def prompts(args):
@@ -170,6 +175,14 @@ def stages(args):
         print(json.dumps({"stage": name, "clips": len(found), "lsd": round(ours, 2), "lsd_untrained": round(plain, 2), "closer": closer}), flush=True)
 
 
+def picture(args):
+    audio, rate = librosa.load(args.wav, sr=None)
+    power = librosa.feature.melspectrogram(y=audio, sr=rate, n_fft=2048, hop_length=256, n_mels=128)
+    figure, axes = pyplot.subplots(figsize=(8, 2.5), dpi=80, layout="constrained")
+    librosa.display.specshow(librosa.power_to_db(power, ref=np.max), sr=rate, hop_length=256, x_axis="time", y_axis="mel", ax=axes)
+    figure.savefig(args.png)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -186,6 +199,10 @@ def main():
     command.add_argument("--models", type=Path, default=Path(__file__).parent)
     command.add_argument("-n", type=int, default=72)
     command.set_defaults(run=stages)
+    command = commands.add_parser("picture")
+    command.add_argument("wav", type=Path)
+    command.add_argument("png", type=Path)
+    command.set_defaults(run=picture)
     args = parser.parse_args()
     args.run(args)
 

@@ -57,9 +57,11 @@ def normal(*shape, seed=0):
 def alpha_sigma64(name, t):
     """alpha_t and sigma_t in float64, from the formula of each schedule as one reads it (not by log-SNR)."""
     t = np.asarray(t, np.float64)
-    if name == "cosine":
+    if name in ("cosine", "cosine_quiet"):
         a, b = np.arctan(np.exp(10)) - np.arctan(np.exp(-10)), np.arctan(np.exp(-10))
-        return np.sin(a * (1 - t) + b), np.sin(a * t + b)  # cos(x) = sin(pi / 2 - x)
+        alpha, sigma = np.sin(a * (1 - t) + b), np.sin(a * t + b)  # cos(x) = sin(pi / 2 - x)
+        sigma = sigma * (1 if name == "cosine" else 10 ** (-15 / 20))  # beside alpha: louder or quieter, then of variance 1
+        return alpha / np.hypot(alpha, sigma), sigma / np.hypot(alpha, sigma)
     if name == "linear":
         return np.exp(-(1e-4 + 10 * t**2) / 2), np.sqrt(-np.expm1(-(1e-4 + 10 * t**2)))
     return np.sqrt(1 - (0.0001 + 0.0199 * t)), np.sqrt(0.0001 + 0.0199 * t)
@@ -855,7 +857,7 @@ def test_a_small_blur_is_the_identity_and_no_blur_changes_a_constant(taps):
     close(n2m.gaussian_blur(jnp.full((2, 23, 3), -1.0), jnp.full(2, 4.0), taps, 1), -1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize("name", ["cosine", "cosine_quiet", "linear"])
 @pytest.mark.parametrize("t_max", [0.0, 0.5, 1.0])
 def test_noise_augmentation_is_diffusion_at_a_uniform_time(name, t_max):
     """Eq. 2 with t ~ U[0, t_max], drawn for each clip: mean E[alpha], variance about it E[sigma^2], at every clip its own."""
@@ -2090,9 +2092,9 @@ def test_hard_prompts_are_music_too(tmp_path, runs, capfd):
     assert "the model reads the first 63" in capfd.readouterr().err
 
 
-def test_exported_averages_sample_and_begin_another_run(tmp_path, data, small_models, capfd):
+def test_exported_averages_sample_and_begin_another_run(tmp_path, data, small_models, capfd, monkeypatch):
     """`export` keeps the averages, as bfloat16, and the T5. `sample.py` reads them, and remarks on words that are new to them; so does
-    `--init`. All of it from where they were moved to."""
+    `--init`, which with `--tiny` takes what fits. All of it from where they were moved to."""
     common = ["--data", data, "--batch-size", 2, "--seconds", "0.64"]
     for name in n2m.ROUTES["waveform"][:2]:
         run_train(name, *common, "--tiny", "--out", tmp_path / "runs", "--steps", 2)
@@ -2111,7 +2113,15 @@ def test_exported_averages_sample_and_begin_another_run(tmp_path, data, small_mo
     begun = tensors(tmp_path / "more")
     for k in averages:
         close(begun[k.replace("ema/", "params/")], np.float32(exported[k]), atol=1e-20)
-    assert "--tiny" in exits(capfd, train.main, "waveform_generator", *common, "--init", weights, "--tiny", "--out", tmp_path / "no")
+
+    grown = small("waveform_generator")
+    grown = replace(grown, unet=replace(grown.unet, blocks=(grown.unet.blocks[0] + 1, *grown.unet.blocks[1:])))
+    monkeypatch.setattr(n2m, "tiny", lambda model: grown)
+    run_train("waveform_generator", *common, "--init", weights, "--tiny", "--out", tmp_path / "grown", "--steps", 1, "--learning-rate", 1e-30)
+    begun = {k: v for k, v in tensors(tmp_path / "grown").items() if k.startswith("params/")}
+    assert len(begun) > len(averages)
+    for k in averages:
+        close(begun[k.replace("ema/", "params/")], np.float32(exported[k]), atol=1e-20)
     assert "no checkpoints" in exits(capfd, train.main, "export", tmp_path / "absent", tmp_path / "no")
 
     for prompt, remark in [("a tone of two hundred hertz", False), ("zither quartet with castanets", True)]:

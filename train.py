@@ -507,6 +507,18 @@ def restore_params(model: n2m.Model, tensors: dict, prefix: str, path: Path):
     return restore(shapes, tensors, prefix, path)
 
 
+def fitting_params(model: n2m.Model, tensors: dict, seed: int, path: Path):
+    """Fresh parameters, but for those of which a checkpoint holds the average, in the same place and shape."""
+    fresh = n2m.init_params(jax.random.key(seed), model.unet)
+    names, leaves = flatten(fresh)
+    found = [tensors.get("ema/" + name) for name in names]
+    found = [array if array is not None and array.shape == leaf.shape else None for array, leaf in zip(found, leaves)]
+    taken = sum(leaf.size for array, leaf in zip(found, leaves) if array is not None)
+    print(f"{taken / 1e6:.1f} M of {sum(leaf.size for leaf in leaves) / 1e6:.1f} M parameters from {path}")
+    arrays = [leaf if array is None else array.astype(leaf.dtype) for array, leaf in zip(found, leaves)]
+    return jax.tree.unflatten(jax.tree.structure(fresh), arrays)
+
+
 EXPORT_HELP = """What sample.py needs of finished runs, small enough to give away: the averaged parameters in bfloat16, and the T5.
 
     python train.py export runs demo"""
@@ -1065,7 +1077,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=Path, metavar="RUNS", help="folder of all runs; this one goes into RUNS/MODEL")
     parser.add_argument("--tiny", action="store_true", help="a small variant of the model, for a CPU")
     parser.add_argument("--init", type=Path, metavar="FILE", help="begin with a checkpoint's averaged parameters, its size, T5 and "
-                        "configuration: demo/MODEL/checkpoint-N.safetensors")
+                        "configuration: demo/MODEL/checkpoint-N.safetensors; with --tiny, in a tiny model, with those that fit it")
     parser.add_argument("--t5", metavar="DIR", help="T5 encoder, Hugging Face's layout (default: RUNS/t5, random if absent)")
     many = parser.add_argument_group("many devices: one process uses all it sees; or several, with the same command but --process")
     many.add_argument("--model-parallel", type=int, default=1, metavar="N",
@@ -1094,8 +1106,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.plan and (args.out is None or args.data is None and args.overfit is None):
         parser.error("give --out and one of --data and --overfit")
-    if args.init and (args.tiny or args.resume):
-        parser.error("--init begins a run with the size that its file has; leave --tiny and --resume out")
+    if args.init and args.resume:
+        parser.error("--init begins a run; leave it out to go on with --resume")
     if not 0 <= (args.seed or 0) < 2**63:
         parser.error(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
     if args.process is not None and not 0 <= args.process < args.processes:
@@ -1129,7 +1141,8 @@ def begin(args, folder: Path):
         model, tensors = n2m.tiny(n2m.MODELS[args.model]) if args.tiny else n2m.MODELS[args.model], None
         metadata = {"seed": args.seed or 0, "index": 0, "t5": None, "t5_fingerprint": None}
         if args.init:
-            model, tensors, old = load_checkpoint(args.init, args.model, lambda name: name.startswith("ema/"))
+            saved, tensors, old = load_checkpoint(args.init, args.model, lambda name: name.startswith("ema/"))
+            model = model if args.tiny else saved
             if mark := old["t5_fingerprint"]:
                 metadata |= {"t5": old["t5"] or str(args.init.resolve().parents[1] / "t5"), "t5_fingerprint": mark}
         return configure(args, model), tensors, metadata
@@ -1183,7 +1196,11 @@ def prepare(args):
         shapes = jax.eval_shape(functools.partial(init_state, model, 0))
         state = restore(shapes, tensors, "", checkpoints(folder)[-1])
     else:
-        state = init_state(model, metadata["seed"], restore_params(model, tensors, "ema/", args.init) if args.init else None)
+        params = None
+        if args.init:
+            params = (fitting_params(model, tensors, metadata["seed"], args.init) if args.tiny
+                      else restore_params(model, tensors, "ema/", args.init))
+        state = init_state(model, metadata["seed"], params)
     mesh = training_mesh(args, model.training.batch_size)
     state = place(state, state_layout(model, mesh))
     folder.mkdir(parents=True, exist_ok=True)

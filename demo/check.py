@@ -10,8 +10,8 @@
 
 All results are JSON. An instrument is named by logistic regression on the mean and the deviation of the 80 log-mel channels,
 trained on the real clips of data/train: once on the upper 40 dB of every clip, real or not, where its timbre is, and once on all
-100 dB of the log-mel, of which the lower ones tell most about how quiet the noise is. Tempo is the number of onsets in a second by SuperFlux (Boeck & Widmer, 2013), of which
-the result says how far from the notes of the score it is on real clips.
+100 dB of the log-mel, of which the lower ones tell most about how quiet the noise is. Tempo is the number of onsets in a second by
+SuperFlux (Boeck & Widmer, 2013), of which the result says how far from the notes of the score it is on real clips.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def features(paths) -> dict:
 def onset_rate(path: Path) -> float:
     """Onsets a second. SuperFlux, which looks past vibrato, on the upper 40 dB, so that a bed of noise begins no notes.
 
-    Chosen among 20 settings on 216 clips of data/train by the notes in their scores; librosa's own finds 1.7 times as many.
+    Chosen among two dozen settings on 216 clips of data/train by the notes in their scores; librosa's own finds 1.7 times as many.
     """
     mel = librosa.feature.melspectrogram(y=load(path), sr=n2m.MEL_RATE, n_fft=2048, hop_length=n2m.HOP, fmin=27.5, n_mels=138)
     level = librosa.power_to_db(mel, ref=np.max, top_db=40)

@@ -2234,10 +2234,10 @@ def test_two_processes_train_as_one_and_resume_on_another_number(tmp_path, data)
     pair = lambda *more: [start(4, "two", *more, "--processes", "2", "--process", str(i), "--coordinator", f"localhost:{port}") for i in (0, 1)]
 
     one = start(8, "one", "--steps", "6")
-    assert one.wait(200) == 0, one.stderr.read()
+    assert one.wait(400) == 0, one.stderr.read()
     port = free_port()
     two = pair("--steps", "3")
-    assert [run.wait(200) for run in two] == [0, 0] and "step" not in two[1].stdout.read()
+    assert [run.wait(400) for run in two] == [0, 0] and "step" not in two[1].stdout.read()
     close([e["loss"] for e in log("two")], [e["loss"] for e in log("one")][:3], rtol=1e-4)
     close([e["grad_norm"] for e in log("two")], [e["grad_norm"] for e in log("one")][:3], rtol=1e-3)
 
@@ -2253,7 +2253,7 @@ def test_two_processes_train_as_one_and_resume_on_another_number(tmp_path, data)
     saved = int(train.checkpoints(tmp_path / "two" / "spectrogram_vocoder")[-1].stem[-8:])
     assert saved % 3 == 0
     last = start(2, "two", "--steps", str(saved + 1), "--resume")
-    assert last.wait(200) == 0
+    assert last.wait(400) == 0
     by_step = {e["step"]: e["loss"] for e in log("two")}
     close([by_step[n] for n in range(1, 7) if n in by_step], [e["loss"] for e in log("one") if e["step"] in by_step], rtol=1e-3)
 

@@ -219,12 +219,12 @@ def writes_log_mel(model: Model) -> bool:
 
 
 # fmt: off
-TINY = {                          # base  kernel  strides             channels            blocks              schedule        t_max  steps
-    "waveform_generator":         (32,    7,      (4, 4, 4, 4, 4, 4), (1, 1, 2, 3, 4, 4), (1, 1, 1, 1, 1, 1), "cosine_quiet", 0.0,   64),
-    "waveform_cascader":          (32,    7,      (4, 4, 4, 4, 4),    (1, 2, 3, 3, 2),    (1, 1, 1, 1, 1),    "cosine_quiet", 0.2,   24),
-    "spectrogram_generator":      (160,   5,      (2, 4, 3, 2, 2),    (1, 1, 1, 2, 2),    (1, 1, 1, 1, 0),    "linear",       0.0,   64),
-    "spectrogram_vocoder":        (32,    5,      (2, 4, 4, 5),       (1, 2, 3, 6),       (1, 1, 1, 1),       "cosine",       0.1,   16),
-    "superresolution_cascader":   (32,    7,      (4, 4, 4, 4),       (1, 1, 2, 2),       (1, 1, 1, 1),       "cosine_quiet", 0.05,  24),
+TINY = {                          # base  kernel  strides             channels            blocks              schedule             t_max  steps
+    "waveform_generator":         (32,    7,      (4, 4, 4, 4, 4, 4), (1, 1, 2, 3, 4, 4), (1, 1, 1, 1, 1, 1), "cosine_quiet",      0.0,   64),
+    "waveform_cascader":          (32,    7,      (4, 4, 4, 4, 4),    (1, 2, 3, 3, 2),    (1, 1, 1, 1, 1),    "cosine_quiet",      0.2,   24),
+    "spectrogram_generator":      (96,    5,      (2, 4, 3, 2, 2),    (2, 3, 2, 1, 1),    (2, 1, 1, 1, 0),    "cosine",            0.0,   64),
+    "spectrogram_vocoder":        (32,    5,      (5, 4, 4, 2),       (2, 4, 7, 8),       (1, 1, 2, 2),       "cosine_half_quiet", 0.06,  24),
+    "superresolution_cascader":   (32,    7,      (4, 4, 4, 4),       (1, 1, 2, 2),       (1, 1, 1, 1),       "cosine_quiet",      0.05,  24),
 }
 # fmt: on
 
@@ -233,8 +233,8 @@ def tiny(model: Model) -> Model:
     """The same model small enough to train on a laptop: narrow, with few blocks, short clips, fewer steps.
 
     Where the spectrogram generator first strides by 2, Table 9 strides by 4: what is behind a stride S must be about as wide as
-    the 80 S numbers of noise in S frames, or it cannot tell them from music. The vocoder stays with Eq. 6: it has to find tones
-    in noise that is much louder; under `cosine_quiet`, three times as large, it made the loudest ones 21 dB too quiet and not 13.
+    the 80 S numbers of noise in S frames, or it cannot tell them from music. The vocoder strides by 2 last, not first: only the
+    blocks above the bottom see the log-mel, so they are better many, wide and slow.
     """
     base, kernel, strides, channels, blocks, schedule, t_max, steps = TINY[model.name]
     unet = replace(model.unet, base_dimension=base, kernel_size=kernel, strides=strides, channels=channels, blocks=blocks,
@@ -249,14 +249,14 @@ def tiny(model: Model) -> Model:
         decay_steps=20_000,
         # departs: under Table 2's linear schedule, and up to Sec. 4.1's t_max, noise is louder than the music most of the time,
         # in x_t and in the conditioning input, which a short run then learns to ignore. So less of it, and half the blur.
+        # The vocoder is half way between the generators: it has to find tones in louder noise, and to leave little.
         noise_schedule=schedule,
         t_max=t_max,
         blur_std=tuple(std / 2 for std in model.training.blur_std),
     )
-    # choice: half the guidance and no extra noise, which suit a small model. Few steps, and even ones: of 64 back-heavy steps,
-    # three are left for the last third of t. The vocoder, and super-resolution, for which Table 8 has no even ones, keep Table 3's.
-    even = schedule != "cosine" and "uniform" in TABLE_8[model.name]
-    step_schedule = "uniform" if even else model.inference.step_schedule
+    # choice: half the guidance and no extra noise, which suit a small model. Few steps, and even ones, where Table 8 has them: of
+    # 64 back-heavy steps, three are left for the last third of t.
+    step_schedule = "uniform" if "uniform" in TABLE_8[model.name] else model.inference.step_schedule
     inference = InferenceConfig(step_schedule, 0, model.inference.cfg_scale and model.inference.cfg_scale / 2, steps)
     return replace(model, unet=unet, training=training, inference=inference)
 
@@ -289,16 +289,17 @@ def linear_eq5(t, xp=jnp):
     return xp.log1p(-sigma_sq) - xp.log(sigma_sq)  # Eq. 3
 
 
-def cosine_quiet(t, xp=jnp):
+def cosine_quiet(t, xp=jnp, decibel=15):
     """Eq. 6 moved to music of -15 dBFS: the same signal-to-noise ratios as a signal of unit variance has under Eq. 6.
 
     departs: for the tiny models. Under Eq. 6 itself, noise is louder than such music in nine tenths of t, where there is
     little to learn, and the last -40 dB of noise get a hundredth of t.
     """
-    return cosine(t, xp) + 15 / 10 * math.log(10)
+    return cosine(t, xp) + decibel / 10 * math.log(10)
 
 
-SCHEDULES = {"cosine": cosine, "linear": linear, "linear_eq5": linear_eq5, "cosine_quiet": cosine_quiet}
+SCHEDULES = {"cosine": cosine, "linear": linear, "linear_eq5": linear_eq5,
+             "cosine_quiet": cosine_quiet, "cosine_half_quiet": partial(cosine_quiet, decibel=7.5)}  # fmt: skip
 
 
 def alpha_sigma(logsnr_t):

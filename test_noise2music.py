@@ -57,10 +57,11 @@ def normal(*shape, seed=0):
 def alpha_sigma64(name, t):
     """alpha_t and sigma_t in float64, from the formula of each schedule as one reads it (not by log-SNR)."""
     t = np.asarray(t, np.float64)
-    if name in ("cosine", "cosine_quiet"):
+    if name.startswith("cosine"):
         a, b = np.arctan(np.exp(10)) - np.arctan(np.exp(-10)), np.arctan(np.exp(-10))
         alpha, sigma = np.sin(a * (1 - t) + b), np.sin(a * t + b)  # cos(x) = sin(pi / 2 - x)
-        sigma = sigma * (1 if name == "cosine" else 10 ** (-15 / 20))  # beside alpha: louder or quieter, then of variance 1
+        level = {"cosine": 0, "cosine_quiet": -15, "cosine_half_quiet": -7.5}[name]
+        sigma = sigma * 10 ** (level / 20)  # beside alpha: louder or quieter, then of variance 1
         return alpha / np.hypot(alpha, sigma), sigma / np.hypot(alpha, sigma)
     if name == "linear":
         return np.exp(-(1e-4 + 10 * t**2) / 2), np.sqrt(-np.expm1(-(1e-4 + 10 * t**2)))
@@ -857,7 +858,7 @@ def test_a_small_blur_is_the_identity_and_no_blur_changes_a_constant(taps):
     close(n2m.gaussian_blur(jnp.full((2, 23, 3), -1.0), jnp.full(2, 4.0), taps, 1), -1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["cosine", "cosine_quiet", "linear"])
+@pytest.mark.parametrize("name", ["cosine", "cosine_quiet", "cosine_half_quiet", "linear"])
 @pytest.mark.parametrize("t_max", [0.0, 0.5, 1.0])
 def test_noise_augmentation_is_diffusion_at_a_uniform_time(name, t_max):
     """Eq. 2 with t ~ U[0, t_max], drawn for each clip: mean E[alpha], variance about it E[sigma^2], at every clip its own."""

@@ -1197,9 +1197,10 @@ def prepare(args):
         state = restore(shapes, tensors, "", checkpoints(folder)[-1])
     else:
         params = None
-        if args.init:
-            params = (fitting_params(model, tensors, metadata["seed"], args.init) if args.tiny
-                      else restore_params(model, tensors, "ema/", args.init))
+        if args.init and args.tiny:
+            params = fitting_params(model, tensors, metadata["seed"], args.init)
+        elif args.init:
+            params = restore_params(model, tensors, "ema/", args.init)
         state = init_state(model, metadata["seed"], params)
     mesh = training_mesh(args, model.training.batch_size)
     state = place(state, state_layout(model, mesh))

@@ -290,7 +290,7 @@ def linear_eq5(t, xp=jnp):
 
 
 def cosine_quiet(t, xp=jnp, decibel=15):
-    """Eq. 6 moved to music of -15 dBFS: the same signal-to-noise ratios as a signal of unit variance has under Eq. 6.
+    """Eq. 6 moved to music of -`decibel` dBFS: the same signal-to-noise ratios as a signal of unit variance has under Eq. 6.
 
     departs: for the tiny models. Under Eq. 6 itself, noise is louder than such music in nine tenths of t, where there is
     little to learn, and the last -40 dB of noise get a hundredth of t.

@@ -2225,16 +2225,16 @@ def test_the_rows_of_all_processes_are_the_batch(monkeypatch):
 
 
 def test_two_processes_train_as_one_and_resume_on_another_number(tmp_path, data):
-    """The losses of 2 processes of 4 devices are those of 1 of 8; a killed one ends the other; one process goes on."""
+    """The losses of 2 processes of 2 devices are those of 1 of 4; a killed one ends the other; one process goes on."""
     main = "import sys, test_noise2music as t, train; t.n2m.tiny = lambda m: t.small(m.name); train.main(sys.argv[1:])"
     common = [sys.executable, "-c", main, "spectrogram_vocoder", "--tiny", "--data", data, "--batch-size", "16", "--seconds", "0.32",
               "--accumulate", "2", "--log-every", "1", "--save-every", "3", "--model-parallel", "2", "--seed", "5"]
     start = lambda n, out, *more: subprocess.Popen([*map(str, common), "--out", str(tmp_path / out), *more], env=devices(n), text=True,
                                                    cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log = lambda out: [json.loads(line) for line in (tmp_path / out / "spectrogram_vocoder" / "log.jsonl").read_text().splitlines()]
-    pair = lambda *more: [start(4, "two", *more, "--processes", "2", "--process", str(i), "--coordinator", f"localhost:{port}") for i in (0, 1)]
+    pair = lambda *more: [start(2, "two", *more, "--processes", "2", "--process", str(i), "--coordinator", f"localhost:{port}") for i in (0, 1)]
 
-    one = start(8, "one", "--steps", "6")
+    one = start(4, "one", "--steps", "6")
     assert one.wait(400) == 0, one.stderr.read()
     port = free_port()
     two = pair("--steps", "3")

@@ -2187,9 +2187,13 @@ def test_every_split_of_eight_devices_gives_the_same_numbers(name):
 
 
 def devices(n):
-    """The environment of a process of n devices, which on few cores may wait for each other longer than XLA's 40 s."""
+    """The environment of a process of n devices, which on few cores may wait for each other longer than XLA's 40 s.
+
+    Collectives that wait hold threads of XLA's pool, which by default has one a core or a device: all of them can wait for one that
+    then finds no thread, for ever. NPROC is the size of that pool.
+    """
     flags = f"--xla_force_host_platform_device_count={n} --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": str(16 * n)}
 
 
 def test_the_table_lays_out_parameters_and_state():
@@ -2225,20 +2229,20 @@ def test_the_rows_of_all_processes_are_the_batch(monkeypatch):
 
 
 def test_two_processes_train_as_one_and_resume_on_another_number(tmp_path, data):
-    """The losses of 2 processes of 2 devices are those of 1 of 4; a killed one ends the other; one process goes on."""
+    """The losses of 2 processes of 4 devices are those of 1 of 8; a killed one ends the other; one process goes on."""
     main = "import sys, test_noise2music as t, train; t.n2m.tiny = lambda m: t.small(m.name); train.main(sys.argv[1:])"
     common = [sys.executable, "-c", main, "spectrogram_vocoder", "--tiny", "--data", data, "--batch-size", "16", "--seconds", "0.32",
               "--accumulate", "2", "--log-every", "1", "--save-every", "3", "--model-parallel", "2", "--seed", "5"]
     start = lambda n, out, *more: subprocess.Popen([*map(str, common), "--out", str(tmp_path / out), *more], env=devices(n), text=True,
                                                    cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log = lambda out: [json.loads(line) for line in (tmp_path / out / "spectrogram_vocoder" / "log.jsonl").read_text().splitlines()]
-    pair = lambda *more: [start(2, "two", *more, "--processes", "2", "--process", str(i), "--coordinator", f"localhost:{port}") for i in (0, 1)]
+    pair = lambda *more: [start(4, "two", *more, "--processes", "2", "--process", str(i), "--coordinator", f"localhost:{port}") for i in (0, 1)]
 
-    one = start(4, "one", "--steps", "6")
-    assert one.wait(400) == 0, one.stderr.read()
+    one = start(8, "one", "--steps", "6")
+    assert one.wait(200) == 0, one.stderr.read()
     port = free_port()
     two = pair("--steps", "3")
-    assert [run.wait(400) for run in two] == [0, 0] and "step" not in two[1].stdout.read()
+    assert [run.wait(200) for run in two] == [0, 0] and "step" not in two[1].stdout.read()
     close([e["loss"] for e in log("two")], [e["loss"] for e in log("one")][:3], rtol=1e-4)
     close([e["grad_norm"] for e in log("two")], [e["grad_norm"] for e in log("one")][:3], rtol=1e-3)
 
@@ -2254,7 +2258,7 @@ def test_two_processes_train_as_one_and_resume_on_another_number(tmp_path, data)
     saved = int(train.checkpoints(tmp_path / "two" / "spectrogram_vocoder")[-1].stem[-8:])
     assert saved % 3 == 0
     last = start(2, "two", "--steps", str(saved + 1), "--resume")
-    assert last.wait(400) == 0
+    assert last.wait(200) == 0
     by_step = {e["step"]: e["loss"] for e in log("two")}
     close([by_step[n] for n in range(1, 7) if n in by_step], [e["loss"] for e in log("one") if e["step"] in by_step], rtol=1e-3)
 

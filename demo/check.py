@@ -160,11 +160,13 @@ def clips(args):
 # ---- Each stage alone ----
 
 
+UPPER = (60, 130)  # dB of the truth that are compared: what can be heard, and all down to the rounding of its 16 bits
+
+
 def log_spectral_distances(x, truth) -> list[float]:
-    """The deviation of two power spectra in dB, over the frequencies, averaged over frames of 1024: of the upper 60 dB of the
-    truth, which can be heard, and of 130 dB, which go down to the rounding of its 16 bits."""
+    """The deviation of two power spectra in dB, over the frequencies, averaged over frames of 1024: for each range of UPPER."""
     x, y = (10 * np.log10(np.abs(librosa.stft(np.asarray(a), n_fft=1024, hop_length=256)) ** 2 + 1e-12) for a in (x, truth))
-    floors = [y.max() - decibel for decibel in (60, 130)]
+    floors = [y.max() - decibel for decibel in UPPER]
     return [float(np.mean(np.sqrt(np.mean((np.maximum(x, f) - np.maximum(y, f)) ** 2, axis=0)))) for f in floors]
 
 
@@ -192,7 +194,7 @@ def stages(args):
     for name in ("waveform_cascader", "spectrogram_vocoder", "superresolution_cascader"):
         found = np.array([stage(args.models, t5, name, entry, 20_000 + i) for i, entry in enumerate(held)])  # (N, 2, 2)
         (ours, plain), closer = found.mean(axis=0).round(2), np.mean(found[:, 0] < found[:, 1], axis=0).round(3)
-        for k, decibel in enumerate((60, 130)):
+        for k, decibel in enumerate(UPPER):
             print(json.dumps({"stage": name, "clips": len(found), "upper_dB": decibel, "lsd": ours[k], "lsd_untrained": plain[k],
                               "closer": closer[k]}), flush=True)  # fmt: skip
 

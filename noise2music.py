@@ -220,8 +220,8 @@ def writes_log_mel(model: Model) -> bool:
 
 # fmt: off
 TINY = {                          # base  kernel  strides             channels            blocks              schedule             t_max  steps
-    "waveform_generator":         (32,    7,      (4, 4, 4, 4, 4, 4), (1, 1, 2, 3, 4, 4), (1, 1, 1, 1, 1, 1), "cosine_quiet",      0.0,   64),
-    "waveform_cascader":          (32,    7,      (4, 4, 4, 4, 4),    (1, 2, 3, 3, 2),    (1, 1, 1, 1, 1),    "cosine_quiet",      0.2,   24),
+    "waveform_generator":         (32,    7,      (4, 4, 4, 4, 4, 4), (1, 1, 2, 3, 4, 4), (1, 1, 3, 3, 1, 0), "cosine_quiet",      0.0,   64),
+    "waveform_cascader":          (32,    7,      (4, 4, 4, 4, 4),    (1, 2, 3, 3, 2),    (1, 1, 1, 1, 1),    "cosine_quiet",      0.05,  24),
     "spectrogram_generator":      (96,    5,      (2, 4, 3, 2, 2),    (2, 3, 2, 1, 1),    (2, 1, 1, 1, 0),    "cosine",            0.0,   64),
     "spectrogram_vocoder":        (32,    5,      (5, 4, 4, 2),       (2, 4, 7, 8),       (1, 1, 2, 2),       "cosine_half_quiet", 0.06,  24),
     "superresolution_cascader":   (32,    7,      (4, 4, 4, 4),       (1, 1, 2, 2),       (1, 1, 1, 1),       "cosine_quiet",      0.05,  24),
@@ -234,7 +234,8 @@ def tiny(model: Model) -> Model:
 
     Where the spectrogram generator first strides by 2, Table 9 strides by 4: what is behind a stride S must be about as wide as
     the 80 S numbers of noise in S frames, or it cannot tell them from music. The vocoder strides by 2 last, not first: only the
-    blocks above the bottom see the log-mel, so they are better many, wide and slow.
+    blocks above the bottom see the log-mel, so they are better many, wide and slow. The generators spend their blocks where a
+    frame is the attack of a note, and none at the last depth, where a frame is a second.
     """
     base, kernel, strides, channels, blocks, schedule, t_max, steps = TINY[model.name]
     unet = replace(model.unet, base_dimension=base, kernel_size=kernel, strides=strides, channels=channels, blocks=blocks,

@@ -219,12 +219,12 @@ def writes_log_mel(model: Model) -> bool:
 
 
 # fmt: off
-TINY = {                          # base  kernel  strides             channels            blocks              schedule             t_max  steps
-    "waveform_generator":         (32,    7,      (4, 4, 4, 4, 4, 4), (1, 1, 2, 3, 4, 4), (1, 1, 3, 3, 1, 0), "cosine_quiet",      0.0,   64),
-    "waveform_cascader":          (32,    7,      (4, 4, 4, 4, 4),    (1, 2, 3, 3, 2),    (1, 1, 1, 1, 1),    "cosine_quiet",      0.05,  24),
-    "spectrogram_generator":      (96,    5,      (2, 4, 3, 2, 2),    (2, 3, 2, 1, 1),    (2, 1, 1, 1, 0),    "cosine",            0.0,   64),
-    "spectrogram_vocoder":        (32,    5,      (5, 4, 4, 2),       (2, 4, 7, 8),       (1, 1, 2, 2),       "cosine_half_quiet", 0.06,  24),
-    "superresolution_cascader":   (32,    7,      (4, 4, 4, 4),       (1, 1, 2, 2),       (1, 1, 1, 1),       "cosine_quiet",      0.05,  24),
+TINY = {                          # base  kernel  strides             channels            blocks              loss weight   schedule        t_max  steps
+    "waveform_generator":         (32,    7,      (4, 4, 4, 4, 4, 4), (1, 1, 2, 3, 4, 4), (1, 1, 3, 3, 1, 0), "simplified", "cosine_quiet", 0.0,   64),
+    "waveform_cascader":          (32,    7,      (4, 4, 4, 4, 4),    (1, 2, 3, 3, 2),    (1, 1, 1, 1, 1),    "simplified", "cosine_quiet", 0.05,  24),
+    "spectrogram_generator":      (96,    5,      (2, 4, 3, 2, 2),    (2, 3, 2, 1, 1),    (2, 1, 1, 1, 0),    "sigma",      "cosine",       0.0,   64),
+    "spectrogram_vocoder":        (32,    5,      (5, 4, 4, 2),       (2, 4, 7, 8),       (1, 2, 2, 2),       "velocity",   "cosine_quiet", 0.06,  24),
+    "superresolution_cascader":   (32,    7,      (4, 4, 4, 4),       (1, 1, 2, 2),       (1, 1, 1, 1),       "simplified", "cosine_quiet", 0.05,  24),
 }
 # fmt: on
 
@@ -237,7 +237,7 @@ def tiny(model: Model) -> Model:
     blocks above the bottom see the log-mel, so they are better many, wide and slow. The generators spend their blocks where a
     frame is the attack of a note, and none at the last depth, where a frame is a second.
     """
-    base, kernel, strides, channels, blocks, schedule, t_max, steps = TINY[model.name]
+    base, kernel, strides, channels, blocks, loss_weight, schedule, t_max, steps = TINY[model.name]
     unet = replace(model.unet, base_dimension=base, kernel_size=kernel, strides=strides, channels=channels, blocks=blocks,
                    head_width=16, text_width=64)  # fmt: skip
     training = replace(
@@ -250,8 +250,9 @@ def tiny(model: Model) -> Model:
         decay_steps=20_000,
         # departs: under Table 2's linear schedule, and up to Sec. 4.1's t_max, noise is louder than the music most of the time,
         # in x_t and in the conditioning input, which a short run then learns to ignore. So less of it, and half the blur.
-        # The vocoder is half way between the generators: it has to find tones in louder noise, and to leave little.
+        # The vocoder has to leave little noise, and to find tones in loud noise as well, so its loss counts that for more.
         noise_schedule=schedule,
+        loss_weight=loss_weight,
         t_max=t_max,
         blur_std=tuple(std / 2 for std in model.training.blur_std),
     )
@@ -290,17 +291,16 @@ def linear_eq5(t, xp=jnp):
     return xp.log1p(-sigma_sq) - xp.log(sigma_sq)  # Eq. 3
 
 
-def cosine_quiet(t, xp=jnp, decibel=15):
-    """Eq. 6 moved to music of -`decibel` dBFS: the same signal-to-noise ratios as a signal of unit variance has under Eq. 6.
+def cosine_quiet(t, xp=jnp):
+    """Eq. 6 moved to music of -15 dBFS: the same signal-to-noise ratios as a signal of unit variance has under Eq. 6.
 
     departs: for the tiny models. Under Eq. 6 itself, noise is louder than such music in nine tenths of t, where there is
     little to learn, and the last -40 dB of noise get a hundredth of t.
     """
-    return cosine(t, xp) + decibel / 10 * math.log(10)
+    return cosine(t, xp) + 1.5 * math.log(10)
 
 
-SCHEDULES = {"cosine": cosine, "linear": linear, "linear_eq5": linear_eq5,
-             "cosine_quiet": cosine_quiet, "cosine_half_quiet": partial(cosine_quiet, decibel=7.5)}  # fmt: skip
+SCHEDULES = {"cosine": cosine, "linear": linear, "linear_eq5": linear_eq5, "cosine_quiet": cosine_quiet}
 
 
 def alpha_sigma(logsnr_t):
@@ -319,6 +319,9 @@ def diffuse(x, eps, logsnr_t):
 LOSS_WEIGHTS = {  # Sec. 3.1, as functions of logsnr_t
     "simplified": lambda logsnr_t: jnp.ones_like(logsnr_t),  # w_t = 1
     "sigma": lambda logsnr_t: jax.nn.sigmoid(-logsnr_t),  # w_t = sigma_t^2
+    # departs: for the tiny vocoder. In loud noise an error in x0_hat that is larger than x is next to nothing in eps: this is
+    # w_t = 1 / alpha_t^2, which makes Eq. 1 the loss in v of Salimans & Ho (2022), up to 149.
+    "velocity": lambda logsnr_t: 1 + jnp.exp(jnp.minimum(-logsnr_t, 5.0)),
 }
 
 

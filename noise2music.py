@@ -219,12 +219,12 @@ def writes_log_mel(model: Model) -> bool:
 
 
 # fmt: off
-TINY = {                          # base  kernel  strides             channels            blocks              loss weight   schedule        t_max  steps
-    "waveform_generator":         (32,    7,      (4, 4, 4, 4, 4, 4), (1, 1, 2, 3, 4, 4), (1, 1, 3, 3, 1, 0), "simplified", "cosine_quiet", 0.0,   64),
-    "waveform_cascader":          (32,    7,      (4, 4, 4, 4, 4),    (1, 2, 3, 3, 2),    (1, 1, 1, 1, 1),    "simplified", "cosine_quiet", 0.05,  24),
-    "spectrogram_generator":      (96,    5,      (2, 4, 3, 2, 2),    (2, 3, 2, 1, 1),    (2, 1, 1, 1, 0),    "sigma",      "cosine",       0.0,   64),
-    "spectrogram_vocoder":        (32,    5,      (5, 4, 4, 2),       (2, 4, 7, 8),       (1, 2, 2, 2),       "velocity",   "cosine_quiet", 0.06,  24),
-    "superresolution_cascader":   (32,    7,      (4, 4, 4, 4),       (1, 1, 2, 2),       (1, 1, 1, 1),       "simplified", "cosine_quiet", 0.05,  24),
+TINY = {                          # base  kernel  strides             channels            blocks              t_max  steps
+    "waveform_generator":         (32,    7,      (4, 4, 4, 4, 4, 4), (1, 1, 2, 3, 4, 4), (1, 1, 3, 3, 1, 0), 0.0,   64),
+    "waveform_cascader":          (32,    7,      (4, 4, 4, 4, 4),    (1, 2, 3, 3, 2),    (1, 1, 1, 1, 1),    0.05,  24),
+    "spectrogram_generator":      (96,    5,      (2, 4, 3, 2, 2),    (2, 3, 2, 1, 1),    (2, 1, 1, 1, 0),    0.0,   64),
+    "spectrogram_vocoder":        (32,    5,      (5, 4, 4, 2),       (2, 4, 7, 8),       (1, 2, 2, 2),       0.06,  24),
+    "superresolution_cascader":   (32,    7,      (4, 4, 4, 4),       (1, 1, 2, 2),       (1, 1, 1, 1),       0.05,  24),
 }
 # fmt: on
 
@@ -237,7 +237,7 @@ def tiny(model: Model) -> Model:
     blocks above the bottom see the log-mel, so they are better many, wide and slow. The generators spend their blocks where a
     frame is the attack of a note, and none at the last depth, where a frame is a second.
     """
-    base, kernel, strides, channels, blocks, loss_weight, schedule, t_max, steps = TINY[model.name]
+    base, kernel, strides, channels, blocks, t_max, steps = TINY[model.name]
     unet = replace(model.unet, base_dimension=base, kernel_size=kernel, strides=strides, channels=channels, blocks=blocks,
                    head_width=16, text_width=64)  # fmt: skip
     training = replace(
@@ -250,11 +250,11 @@ def tiny(model: Model) -> Model:
         decay_steps=20_000,
         # departs: under Table 2's linear schedule, and up to Sec. 4.1's t_max, noise is louder than the music most of the time,
         # in x_t and in the conditioning input, which a short run then learns to ignore. So less of it, and half the blur.
-        # The vocoder has to leave little noise, and to find tones in loud noise as well, so its loss counts that for more.
-        noise_schedule=schedule,
-        loss_weight=loss_weight,
+        noise_schedule="cosine" if writes_log_mel(model) else "cosine_quiet",
         t_max=t_max,
         blur_std=tuple(std / 2 for std in model.training.blur_std),
+        # departs: the vocoder has to find tones in loud noise, of which there is little now, so its loss weighs that more.
+        loss_weight="velocity" if model.unet.aligned_channels else model.training.loss_weight,
     )
     # choice: half the guidance and no extra noise, which suit a small model. Few steps, and even ones, where Table 8 has them: of
     # 64 back-heavy steps, three are left for the last third of t.

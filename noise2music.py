@@ -95,7 +95,7 @@ class InferenceConfig:
     """A row of Table 3."""
 
     step_schedule: str  # a key of TABLE_8[model]
-    gamma: float
+    gamma: float | None  # departs: None, in tiny models, draws x_s from x0_hat alone; see `ddpm_updates`
     cfg_scale: float | None
     # ---
     steps: int | None = None  # None: as many as Table 8 lists; N: that curve resampled to N steps (Fig. 3)
@@ -224,7 +224,7 @@ TINY = {                          # base  kernel  strides             channels  
     "waveform_cascader":          (32,    7,      (4, 4, 4, 4, 4),    (1, 2, 3, 3, 2),    (1, 1, 1, 1, 1),    0.05,  24),
     "spectrogram_generator":      (96,    5,      (2, 4, 3, 2, 2),    (2, 3, 2, 1, 1),    (2, 1, 1, 1, 0),    0.0,   64),
     "spectrogram_vocoder":        (32,    5,      (5, 4, 4, 2),       (2, 4, 7, 8),       (1, 2, 2, 2),       0.06,  24),
-    "superresolution_cascader":   (32,    7,      (4, 4, 4, 4),       (1, 1, 2, 2),       (1, 1, 1, 1),       0.05,  24),
+    "superresolution_cascader":   (32,    7,      (4, 4, 4, 4),       (1, 1, 2, 2),       (1, 1, 1, 1),       0.02,  24),
 }
 # fmt: on
 
@@ -253,13 +253,14 @@ def tiny(model: Model) -> Model:
         noise_schedule="cosine" if writes_log_mel(model) else "cosine_quiet",
         t_max=t_max,
         blur_std=tuple(std / 2 for std in model.training.blur_std),
-        # departs: the vocoder has to find tones in loud noise, of which there is little now, so its loss weighs that more.
-        loss_weight="velocity" if model.unet.aligned_channels else model.training.loss_weight,
+        # departs: without text, tones have to be found in loud noise, of which there is little now, so the loss weighs that more.
+        loss_weight=model.training.loss_weight if uses_text(model) else "velocity",
     )
     # choice: half the guidance and no extra noise, which suit a small model. Few steps, and even ones, where Table 8 has them: of
-    # 64 back-heavy steps, three are left for the last third of t.
+    # 64 back-heavy steps, three are left for the last third of t. departs: gamma, where the condition leaves little open.
     step_schedule = "uniform" if "uniform" in TABLE_8[model.name] else model.inference.step_schedule
-    inference = InferenceConfig(step_schedule, 0, model.inference.cfg_scale and model.inference.cfg_scale / 2, steps)
+    gamma = 0 if uses_text(model) else None
+    inference = InferenceConfig(step_schedule, gamma, model.inference.cfg_scale and model.inference.cfg_scale / 2, steps)
     return replace(model, unet=unet, training=training, inference=inference)
 
 
@@ -319,7 +320,7 @@ def diffuse(x, eps, logsnr_t):
 LOSS_WEIGHTS = {  # Sec. 3.1, as functions of logsnr_t
     "simplified": lambda logsnr_t: jnp.ones_like(logsnr_t),  # w_t = 1
     "sigma": lambda logsnr_t: jax.nn.sigmoid(-logsnr_t),  # w_t = sigma_t^2
-    # departs: for the tiny vocoder. In loud noise an error in x0_hat that is larger than x is next to nothing in eps: this is
+    # departs: for tiny models without text. In loud noise an error in x0_hat that is larger than x is next to nothing in eps: this is
     # w_t = 1 / alpha_t^2, which makes Eq. 1 the loss in v of Salimans & Ho (2022), up to 149.
     "velocity": lambda logsnr_t: 1 + jnp.exp(jnp.minimum(-logsnr_t, 5.0)),
 }
@@ -431,13 +432,16 @@ class Update(NamedTuple):
     noise: np.ndarray  # of the fresh noise
 
 
-def ddpm_updates(schedule: Callable, times: np.ndarray, gamma: float) -> Update:
+def ddpm_updates(schedule: Callable, times: np.ndarray, gamma: float | None) -> Update:
     """Eq. 4 for all steps of `times` (N + 1,), in float64, then float32.
 
     With x0_hat = (x_t - sigma_t eps) / alpha_t, the first two terms of Eq. 4 are, exactly,
         e^(logsnr_t - logsnr_s) (alpha_s / alpha_t) x_t  +  (1 - e^(logsnr_t - logsnr_s)) alpha_s x0_hat.
     numerics: this is where x0_hat can be clipped; at t = 1 of the cosine schedule the printed form multiplies an
     error in eps by 347.
+    departs: gamma None draws x_s from q(x_s | x0_hat) (Eq. 2) instead, with noise that is all new. A small network takes some noise
+    for music, and would hear it again in the part of x_t that Eq. 4 keeps. But every step then forgets what x0_hat has not
+    settled, and what is never settled fades: this is for models whose condition leaves little open.
     """
     logsnr = schedule(np.asarray(times, np.float64), np)
     alpha, sigma = np.exp(-np.logaddexp(0, -logsnr) / 2), np.exp(-np.logaddexp(0, logsnr) / 2)  # Eq. 3 by sigmoids
@@ -447,7 +451,10 @@ def ddpm_updates(schedule: Callable, times: np.ndarray, gamma: float) -> Update:
     sigma_tilde = np.sqrt(c) * sigma[s]  # Eq. 3
     keep = (1 - c) * alpha[s] / alpha[t]
     toward = c * alpha[s]
-    noise = sigma_tilde ** (1 - gamma) * sigma_t_given_s**gamma
+    if gamma is None:
+        keep, toward, noise = np.zeros_like(c), alpha[s].copy(), sigma[s].copy()
+    else:
+        noise = sigma_tilde ** (1 - gamma) * sigma_t_given_s**gamma
     keep[-1], toward[-1], noise[-1] = 0, 1, 0  # choice: the last step returns x0_hat, with no noise at t = 0
     return Update(*(np.float32(a) for a in (times[t], alpha[t], sigma[t], keep, toward, noise)))
 

@@ -510,7 +510,7 @@ def parse_args(argv=None):
     stage.add_argument("--steps", metavar="N", help="denoising steps (Table 8 resampled)")
     stage.add_argument("--schedule", metavar="NAME", help="front_heavy, back_heavy or uniform (Table 8)")
     stage.add_argument("--cfg-scale", metavar="W", help="guidance; 1 is none")
-    stage.add_argument("--gamma", metavar="G", help="stochasticity, 0 to 1")
+    stage.add_argument("--gamma", metavar="G", help="stochasticity of Eq. 4, 0 to 1")
     parser.add_argument("--raw", action="store_true", help="use the parameters themselves, not their moving average")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--model-parallel", type=int, default=1, metavar="N", help="devices that share a matrix (default: 1)")

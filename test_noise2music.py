@@ -285,6 +285,9 @@ def test_updates_are_the_ddpm_posterior(name, step_schedule):
     for u, variance in zip(updates, variances):
         close(u.noise[:-1] ** 2, variance[:-1], rtol=1e-4, atol=1e-14)
     close(updates[2].noise[:-1], (variances[0] * variances[1])[:-1] ** 0.25, rtol=1e-4)
+    new = n2m.ddpm_updates(n2m.SCHEDULES[name], times, None)  # Eq. 2 about x0_hat
+    close(new.toward[:-1], as_[:-1], rtol=1e-6), close(new.noise[:-1], ss[:-1], rtol=1e-6)
+    assert not new.keep.any() and (new.toward[-1], new.noise[-1]) == (1, 0)
 
 
 @pytest.mark.parametrize("name", n2m.SCHEDULES)
@@ -329,13 +332,16 @@ def gaussian_through_eq_4(name, times, gamma, mu, std):
         x0 = mu + gain * (m - at * mu)
         if n == len(times) - 1:
             return x0, gain**2 * v
+        if gamma is None:  # Eq. 2 about x0
+            m, v = as_ * x0, (as_ * gain) ** 2 * v + ss**2
+            continue
         c = 1 - (at / st) ** 2 / (as_ / ss) ** 2
         m, v = as_ / at * (m - c * (m - at * x0)), (as_ / at * (1 - c * (1 - at * gain))) ** 2 * v
         v += (c * ss**2) ** (1 - gamma) * (c * st**2) ** gamma
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
-@pytest.mark.parametrize("gamma", [0, 1])
+@pytest.mark.parametrize("gamma", [0, 1, None])
 def test_a_point_is_sampled_exactly(name, gamma):
     for model, step_schedule in ALL_STEP_SCHEDULES:
         times = n2m.denoising_times(n2m.TABLE_8[model][step_schedule], 37)
@@ -344,7 +350,7 @@ def test_a_point_is_sampled_exactly(name, gamma):
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
-@pytest.mark.parametrize("gamma", [0, 1])
+@pytest.mark.parametrize("gamma", [0, 1, None])
 def test_a_gaussian_is_sampled_with_the_moments_of_eq_4(name, gamma):
     """Few steps are biased; the bias must be the one that Eq. 4 has, on every step schedule of Table 8."""
     for model, step_schedule in ALL_STEP_SCHEDULES:

@@ -253,7 +253,7 @@ def tiny(model: Model) -> Model:
         noise_schedule="cosine" if writes_log_mel(model) else "cosine_quiet",
         t_max=t_max,
         blur_std=tuple(std / 2 for std in model.training.blur_std),
-        # departs: without text, tones have to be found in loud noise, of which there is little now, so the loss weighs that more.
+        # departs: without text, tones must be found in loud noise, of which there is little now, so the loss weighs that more.
         loss_weight=model.training.loss_weight if uses_text(model) else "velocity",
     )
     # choice: half the guidance and no extra noise, which suit a small model. Few steps, and even ones, where Table 8 has them: of

@@ -320,8 +320,8 @@ def diffuse(x, eps, logsnr_t):
 LOSS_WEIGHTS = {  # Sec. 3.1, as functions of logsnr_t
     "simplified": lambda logsnr_t: jnp.ones_like(logsnr_t),  # w_t = 1
     "sigma": lambda logsnr_t: jax.nn.sigmoid(-logsnr_t),  # w_t = sigma_t^2
-    # departs: for tiny models without text. In loud noise an error in x0_hat that is larger than x is next to nothing in eps: this is
-    # w_t = 1 / alpha_t^2, which makes Eq. 1 the loss in v of Salimans & Ho (2022), up to 149.
+    # departs: for tiny models without text. In loud noise an error in x0_hat that is larger than x is next to nothing in eps: this
+    # is w_t = 1 / alpha_t^2, which makes Eq. 1 the loss in v of Salimans & Ho (2022), up to 149.
     "velocity": lambda logsnr_t: 1 + jnp.exp(jnp.minimum(-logsnr_t, 5.0)),
 }
 
@@ -447,14 +447,13 @@ def ddpm_updates(schedule: Callable, times: np.ndarray, gamma: float | None) -> 
     alpha, sigma = np.exp(-np.logaddexp(0, -logsnr) / 2), np.exp(-np.logaddexp(0, logsnr) / 2)  # Eq. 3 by sigmoids
     t, s = slice(None, 0, -1), slice(-2, None, -1)  # from t_N down to t_1, and each one's s
     c = -np.expm1(logsnr[t] - logsnr[s])  # 1 - e^(logsnr_t - logsnr_s)
+    if gamma is None:
+        c, gamma = np.ones_like(c), 0  # Eq. 4 at logsnr_t = -inf: as if x_t told nothing
     sigma_t_given_s = np.sqrt(c) * sigma[t]  # Eq. 3
     sigma_tilde = np.sqrt(c) * sigma[s]  # Eq. 3
     keep = (1 - c) * alpha[s] / alpha[t]
     toward = c * alpha[s]
-    if gamma is None:
-        keep, toward, noise = np.zeros_like(c), alpha[s].copy(), sigma[s].copy()
-    else:
-        noise = sigma_tilde ** (1 - gamma) * sigma_t_given_s**gamma
+    noise = sigma_tilde ** (1 - gamma) * sigma_t_given_s**gamma
     keep[-1], toward[-1], noise[-1] = 0, 1, 0  # choice: the last step returns x0_hat, with no noise at t = 0
     return Update(*(np.float32(a) for a in (times[t], alpha[t], sigma[t], keep, toward, noise)))
 

@@ -91,8 +91,8 @@ def features(clips) -> dict:
 def onset_rate(audio: np.ndarray) -> float:
     """Onsets a second. SuperFlux, which looks past vibrato, on the upper 40 dB, so that a bed of noise begins no notes.
 
-    Chosen among settings on 180 clips of data/train by the notes in their scores; librosa's own finds 1.7 times as many. A lag of
-    40 ms sees less of the vibrato of the cello than a shorter one.
+    Chosen among hundreds of settings on 180 clips of data/train by the notes in their scores; librosa's own finds 1.7 times as
+    many. A lag of 40 ms sees less of the vibrato of the cello than a shorter one.
     """
     mel = librosa.feature.melspectrogram(y=audio, sr=n2m.MEL_RATE, n_fft=2048, hop_length=n2m.HOP, fmin=27.5, n_mels=138)
     level = librosa.power_to_db(mel, ref=np.max, top_db=40)

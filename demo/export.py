@@ -1,0 +1,46 @@
+"""What sample.py needs of finished runs, small enough to give away: the averaged parameters in bfloat16, and the T5.
+
+    python demo/export.py runs demo
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import noise2music as n2m
+from train import checkpoints, load_checkpoint, new_parser, run_command, write_checkpoint
+
+
+def export(args):
+    for name in n2m.NAMES:
+        if not (found := checkpoints(args.runs / name)):
+            continue
+        model, tensors, metadata = load_checkpoint(found[-1], name, lambda n: n.startswith("ema/"))
+        if metadata["t5_fingerprint"]:
+            shutil.copytree(metadata["t5"] or args.runs / "t5", args.out / "t5", dirs_exist_ok=True)
+        path = args.out / name / found[-1].name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(path, {k: v.astype(jnp.bfloat16) for k, v in tensors.items()}, model, metadata | {"t5": None})
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def parse_args(argv=None):
+    parser = new_parser("export.py", __doc__)
+    parser.add_argument("runs", type=Path, metavar="RUNS", help="--out of the runs")
+    parser.add_argument("out", type=Path, metavar="DIR", help="for sample.py --models")
+    args = parser.parse_args(argv)
+    if not any(checkpoints(args.runs / name) for name in n2m.NAMES):
+        parser.error(f"{args.runs}: no checkpoints in it")
+    return args
+
+
+def main(argv=None):
+    run_command(export, parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

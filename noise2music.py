@@ -515,8 +515,8 @@ def conv1d(p, x, left=None):
 
 
 def norm_spec(c, axis="channels"):
-    return {name: Param((c,), (axis,), init)
-            for name, init in (("scale", jnp.ones_like), ("bias", jnp.zeros_like))}
+    ones, zeros = jnp.ones_like, jnp.zeros_like
+    return {"scale": Param((c,), (axis,), ones), "bias": Param((c,), (axis,), zeros)}
 
 
 def group_norm(p, x, groups):
@@ -549,13 +549,13 @@ def combine_embedding(p, x, time):
     return x * (1 + per_clip(scale, x)) + per_clip(bias, x)  # choice: 1 +, so zeros change nothing
 
 
-def attention_spec(cfg: UNetConfig, c, c_kv, kv_axis):
+def attention_spec(cfg: UNetConfig, c, c_kv):
     hk = cfg.attention_heads * cfg.head_width
     return {
         "norm": norm_spec(c),
         "q": linear_spec(c, hk, ("channels", "heads")),
-        "k": linear_spec(c_kv, hk, (kv_axis, "heads")),
-        "v": linear_spec(c_kv, hk, (kv_axis, "heads")),
+        "k": linear_spec(c_kv, hk, ("channels", "heads")),
+        "v": linear_spec(c_kv, hk, ("channels", "heads")),
         "out": linear_spec(hk, c, ("heads", "channels"), jnp.zeros_like),
         "feed_forward": {  # App. B.1: "with a hidden layer of twice the dimension of C_I"
             "norm": norm_spec(c),
@@ -598,9 +598,9 @@ def block_spec(cfg: UNetConfig, c, self_attention: bool, cross_attention: bool):
         "skip": linear_spec(c, c, ("whole", "channels"), _identity),
     }
     if self_attention:
-        spec["self_attention"] = attention_spec(cfg, c, c, "channels")
+        spec["self_attention"] = attention_spec(cfg, c, c)
     if cross_attention:
-        spec["cross_attention"] = attention_spec(cfg, c, cfg.text_width, "whole")
+        spec["cross_attention"] = attention_spec(cfg, c, cfg.text_width)
     return spec
 
 

@@ -185,7 +185,7 @@ TABLE_8 = {  # time steps, from t = 0 to t = 1
                                     + [0.5 / 50] * 50),
         back_heavy=front_heavy[::-1],
         uniform=[1.0 / 800] * 800),
-    "spectrogram_generator": dict(  # the first two lists hold 2000 steps, as printed
+    "spectrogram_generator": dict(  # choice: as printed, though the first two hold 2000 steps
         front_heavy=(front_heavy := [0.01 / 400] * 400 + [0.04 / 800] * 800 + [0.15 / 400] * 400
                                     + [0.3 / 300] * 300 + [0.5 / 100] * 100),
         back_heavy=front_heavy[::-1],
@@ -756,7 +756,7 @@ MEL_WINDOW, MEL_FFT = 640, 1024  # choice: a 40 ms Hann window in a 64 ms transf
 
 
 def mel_filters() -> np.ndarray:
-    """Triangles of height 1, evenly over 2595 log10(1 + f / 700), to 8 kHz. (513, 80). choice."""
+    """(513, 80). choice: triangles of height 1, evenly over 2595 log10(1 + f / 700), to 8 kHz."""
     mels = np.linspace(0, 2595 * np.log10(1 + MEL_RATE / 2 / 700), MEL_CHANNELS + 2)
     edges = 700 * (10 ** (mels / 2595) - 1)  # Hz
     f = np.linspace(0, MEL_RATE / 2, MEL_FFT // 2 + 1)[:, None]

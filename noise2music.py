@@ -730,10 +730,13 @@ def init_params(key, cfg: UNetConfig):
     return jax.tree.unflatten(tree, [p.init(z) for p, z in zip(leaves, noise)])
 
 
+def size_of(spec) -> int:
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(spec, is_leaf=is_param))
+
+
 def param_count(model: Model | str) -> int:
     """Parameters of a model, or of a name in MODELS, without allocating any (Table 2)."""
-    cfg = (MODELS[model] if isinstance(model, str) else model).unet
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(unet_spec(cfg), is_leaf=is_param))
+    return size_of(unet_spec((MODELS[model] if isinstance(model, str) else model).unet))
 
 
 # ---- What a model is conditioned on: resampling and log-mel (Sec. 3.3) ----
@@ -1289,3 +1292,36 @@ def fad_infinity(x, reference: Gaussian, seed: int = 0, sizes: int = 15) -> floa
     subset = lambda size: gaussian(draw.choice(x, size, replace=False))
     fads = [frechet_distance(subset(size), reference) for size in n]
     return float(np.polyfit(1 / n, fads, 1)[1])
+
+
+# ---- `python noise2music.py`: the five models on a slide ----
+
+
+def describe(model: Model, seconds: float = 30.0) -> str:
+    """A model in a few lines: Tables 2 and 3, and the tensor at every depth of its U-Net."""
+    cfg, spec, i = model.unet, unet_spec(model.unet), model.inference
+    length = padded_length(cfg, round(seconds * model.rate))
+    steps = i.steps or len(step_schedules(model)[i.step_schedule])
+    guidance = f"guidance {i.cfg_scale:g}" if i.cfg_scale else "no guidance"
+    lines = [f"{model.name}: {model.rate} x {cfg.out_channels} a second",
+             f"  {size_of(spec) / 1e6:.1f} M parameters (Table 2: {model.training.params / 1e6:g} M), "
+             f"{steps} steps {i.step_schedule}, gamma {i.gamma}, {guidance}",
+             "  depth    length  channels  stride  blocks  attention     parameters",
+             f"  {0:5d} {length:9,d} {cfg.base_dimension:9d}"]
+    for depth in range(cfg.depth):
+        length //= cfg.strides[depth]
+        kinds = ("self", cfg.self_attention), ("cross", cfg.cross_attention)
+        attention = " + ".join(kind for kind, on in kinds if on[depth])
+        size = size_of((spec["down"][depth], spec["up"][depth]))
+        width = cfg.base_dimension * cfg.channels[depth]
+        lines.append(f"  {depth + 1:5d} {length:9,d} {width:9d} {cfg.strides[depth]:7d} "
+                     f"{cfg.blocks[depth]:7d}  {attention:12s} {size / 1e6:8.1f} M")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for route, names in ROUTES.items():
+        rates = (f"{name} ({MODELS[name].rate} Hz)" for name in names)
+        print(f"{route} route: prompt -> {' -> '.join(rates)}")
+    for model in MODELS.values():
+        print(f"\n{describe(model)}")

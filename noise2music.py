@@ -1304,7 +1304,7 @@ def describe(model: Model, seconds: float = 30.0) -> str:
     steps = i.steps or len(step_schedules(model)[i.step_schedule])
     guidance = f"guidance {i.cfg_scale:g}" if i.cfg_scale else "no guidance"
     lines = [f"{model.name}: {model.rate} x {cfg.out_channels} a second",
-             f"  {size_of(spec) / 1e6:.1f} M parameters (Table 2: {model.training.params / 1e6:g} M), "
+             f"  {size_of(spec) / 1e6:.1f} M params (Table 2: {model.training.params / 1e6:g} M), "
              f"{steps} steps {i.step_schedule}, gamma {i.gamma}, {guidance}",
              "  depth    length  channels  stride  blocks  attention     parameters",
              f"  {0:5d} {length:9,d} {cfg.base_dimension:9d}"]

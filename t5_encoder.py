@@ -207,8 +207,7 @@ def load_t5(folder, dtype=jnp.float32):
         kind = entries.get("model_type"), entries["feed_forward_proj"]
         check(kind in (("t5", "relu"), ("t5", "gated-gelu")),
               f"no T5 v1.0, v1.1 or Flan, as model_type and feed_forward_proj are {kind!r:.99}")
-        names = [field.name for field in dataclasses.fields(T5Config)]
-        config = T5Config(**{name: entries[name] for name in names if name in entries})
+        config = T5Config(**{k: v for k, v in entries.items() if k in T5Config.__annotations__})
         check(0 < config.layer_norm_epsilon < 1, "layer_norm_epsilon is not between 0 and 1")
     with reading(path := folder / "spiece.model"):
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
@@ -329,7 +328,7 @@ def read_safetensors(path, keep=lambda name: True):
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = entry["data_offsets"]
             array = np.ndarray(entry["shape"], DTYPES[entry["dtype"]], data, base + begin)
-            check(begin == end and array.nbytes == stop - begin, f"{name!a:.80} has the wrong place")
+            check(begin == end and array.nbytes == stop - begin, f"{name!a:.80} is out of place")
             tensors[name], end = array, stop
         check(len(data) == base + end, f"{len(data)} bytes, but its header describes {base + end}")
         if metadata.keys() & CHECKSUM.keys():

@@ -1077,15 +1077,16 @@ CAPTIONS = [
     "A slow, melancholic piano ballad with warm strings and a soft female voice.",
     "Energetic techno at 140 BPM: distorted kick, acid bass, sparse hi-hats",
     "Musique électronique française, très douce; ça va bien — à l'été, naïve & cœur",
-    "ρεμπέτικο με μπουζούκι", "Русская народная песня с балалайкой", "音楽は静かで美しいピアノ曲です",
-    "一首节奏明快的电子舞曲", "موسيقى عربية هادئة مع العود", "धीमा भारतीय शास्त्रीय संगीत सितार के साथ",
-    "느린 피아노 음악", "</s> <pad> <unk> <extra_id_0> words/and <s> 1234567890 #$%^*()[]{}|\\"]
+    "ρεμπέτικο με μπουζούκι", "Русская народная песня с балалайкой", "一首节奏明快的电子舞曲",
+    "音楽は静かで美しいピアノ曲です", "موسيقى عربية هادئة مع العود", "느린 피아노 음악",
+    "धीमा भारतीय शास्त्रीय संगीत सितार के साथ",
+    "</s> <pad> <unk> <extra_id_0> are words, and/or not <s> 1234567890 #$%^*()[]{}|\\"]
 ORDINARY = CAPTIONS[:-1] + [
     "", " ", "      ", "a", "  leading and trailing   ", "many    spaces     between",
     "tabs\tand\nnewlines\r\n here\t", "nbsp\u00a0thin\u2009ideographic\u3000space",
     "zero\u200bwidth\u200djoiner\ufeff", "soft\u00adhyphen", "🎵 emoji 🎹🎹 family 👨‍👩‍👧 flag 🇫🇷",
-    "e\u0301 combining a\u030a\u0323 z\u0335\u0321", "ｆｕｌｌ　ｗｉｄｔｈ１２３！", "ﬁne ½ ² ™ Å Ω",
-    "ẞ ß İ ı ǅ", "العربيةEnglishमिला", "ไทย ພາສາລາວ ქართული ሙዚቃ", "𝔅𝔩𝔞𝔠𝔨 𝕄𝕖𝕥𝕒𝕝",
+    "e\u0301 combining a\u030a\u0323 z\u0335\u0321", "ｆｕｌｌ　ｗｉｄｔｈ１２３！", "ﬁne ½ ² ™ Å",
+    "Ω ẞ ß İ ı ǅ", "العربيةEnglishमिला", "ไทย ພາສາລາວ ქართული ሙዚቃ", "𝔅𝔩𝔞𝔠𝔨 𝕄𝕖𝕥𝕒𝕝",
     "\u202eright to left\u202c", "a/b\\c\"d'e`f", "UPPER lower MiXeD", "...!!!???", "12,345.678e-9",
     "line\u2028separator\u2029paragraph", "control\x01\x02\x1f\x7fcharacters",
     "x" * 300, "jazz " * 2000, "音" * 500, "\U0010ffff\ufffe", "a\ufffdb"]
@@ -1364,13 +1365,13 @@ def test_absent_things(tmp_path, t5_folder):
 @reference
 def test_pickle_is_converted_by_the_command_that_is_named(tmp_path):
     model = reference_t5(tmp_path, feed_forward_proj="relu", num_layers=1)
-    edit_config(feed_forward_proj="absent")(tmp_path)  # as in the first T5s
     (tmp_path / "model.safetensors").unlink()
     torch_and_transformers()[0].save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="can run code") as error:
         load_t5(tmp_path)
     code = str(error.value).split('-c "')[1].rstrip('"')
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    edit_config(feed_forward_proj="absent")(tmp_path)  # as in the first T5s
     assert load_t5(tmp_path).config.feed_forward_proj == "relu"
 
 

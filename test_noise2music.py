@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import struct
@@ -16,6 +17,7 @@ import tempfile
 import time
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 cache = tempfile.TemporaryDirectory()
@@ -1544,9 +1546,9 @@ def test_malformed_safetensors(tmp_path):
 # ---- train.py: data ----
 
 
-def write_tone(path, seconds=2.0, rate=16_000, channels=1, hz=440.0, subtype=None):
-    t = np.arange(round(seconds * rate)) / rate
-    soundfile.write(path, 0.5 * np.sin(2 * np.pi * hz * t)[:, None].repeat(channels, 1), rate, subtype)
+def write_tone(path, seconds=2.0, rate=16_000, channels=1, hz=440.0):
+    tone = 0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)
+    soundfile.write(path, tone[:, None].repeat(channels, 1), rate)
     return path
 
 
@@ -1567,8 +1569,178 @@ def manifest(folder, *entries):
     return folder
 
 
+def maker(clips, name="waveform_generator", seed=0):
+    """`example_maker` whose tokens are words."""
+    return train.example_maker(clips, tiny(n2m.MODELS[name]), seed, lambda text: len(text.split()))
+
+
+def test_a_track_gives_six_clips_that_do_not_overlap(tmp_path):
+    """Sec. 3.6, from 400 s down to less than a clip."""
+    for seconds, n in [(400, 6), (181, 6), (179, 5), (61, 2), (59, 1), (3, 1)]:
+        path = write_tone(tmp_path / f"{seconds}.wav", seconds, rate=2_000)
+        clips = train.track_clips(train.Track(path))
+        starts = [clip.start for clip in clips] + [max(seconds, 30)]
+        assert len(clips) == n and starts[0] == 0 and min(np.diff(starts)) >= 30
+        assert {clip.seconds for clip in clips} == {min(seconds, 30)}
+
+
+@pytest.mark.parametrize("suffix, rate, channels", [
+    ("wav", 8_000, 1), ("flac", 44_100, 2), ("ogg", 48_000, 2), ("mp3", 22_050, 1),
+    ("aiff", 11_025, 3)])
+def test_audio_of_any_kind_becomes_the_same_mono_tone(tmp_path, suffix, rate, channels):
+    path = write_tone(tmp_path / f"a.{suffix}", 2.0, rate, channels)
+    audio = train.load_audio(path, 0.5, 1.0, 16_000)
+    assert audio.shape == (16_000,) and audio.dtype == np.float32
+    assert np.abs(np.fft.rfft(audio)).argmax() == 440 and 0.3 < audio[4000:12000].max() < 0.7
+
+
+def test_a_snippet_of_a_short_file_is_not_its_padding(tmp_path):
+    """1.28 s of a 2 s file sound; of 0.5 s, sound, then silence."""
+    for seconds in (2.0, 0.5):
+        track = train.Track(write_tone(tmp_path / f"{seconds}.wav", seconds))
+        example = maker(train.track_clips(track), "superresolution_cascader")
+        for audio in (example(i).audio for i in range(5)):
+            assert audio.shape == (30_720,) and audio[:11_000].std() > 0.3
+            assert (audio[12_100:].std() > 0.3) == (seconds == 2.0)
+
+
+def test_text_batch_is_long_prompts_and_packed_tags(tmp_path):
+    """Sec. 4.1; words stand for tokens. Titles and tags are short prompts."""
+    write_tone(tmp_path / "a.wav")
+    entry = {"audio": "a.wav", "short": ["d e f", "g"], "tags": ["c", " "], "title": "a b"}
+    track = train.parse_caption(tmp_path, json.dumps(entry | {"long": ["one, long", "two"]}), True)
+    count = lambda text: len(text.split())
+    assert train.text_batch(track, 5, count) == ["one, long", "two", "a b, c", "d e f, g"]
+    assert train.text_batch(track, 100, count)[2:] == ["a b, c, d e f, g"]
+
+
+def test_examples_are_a_pure_function_of_seed_and_index(tmp_path):
+    """What makes a resumed run see the data that it would have seen."""
+    tracks = [train.Track(write_tone(tmp_path / f"{k}.wav", 8, hz=100 * k), (f"{k}",))
+              for k in range(1, 8)]
+    clips = train.find_clips(tracks)
+    first = [maker(clips, seed=5)(i) for i in range(14)]
+    loader = train.batches(maker(clips, seed=5), [0, 2], 3, 6)
+    again = next(loader) + next(loader)
+    loader.close()
+    for a, b in zip((first[i] for i in (6, 8, 9, 11)), again, strict=True):
+        np.testing.assert_array_equal(a.audio, b.audio)
+        assert a.text == b.text
+    texts = [e.text for e in first]
+    assert sorted(texts[:7]) == sorted(texts[7:]) == list("1234567") and texts[:7] != texts[7:]
+    assert [maker(clips, seed=6)(i).text for i in range(7)] != texts[:7]
+    assert any((maker(clips, seed=s)(0).audio[:99] != first[0].audio[:99]).any() for s in (6, 7))
+
+
+def test_a_batch_is_what_the_examples_hold():
+    model = small("waveform_cascader")
+    examples = [train.Example(np.full(8, k, np.float32), "x" * k) for k in (1, 2, 3)]
+    encode = lambda texts, L: (np.array([[len(t)] * L for t in texts]), np.ones((len(texts), L)))
+    audio, condition = train.make_batch(examples, model, encode)
+    assert audio.tolist() == [[k] * 8 for k in (1, 2, 3)] and condition.text_mask.shape == (3, 64)
+    assert condition.text[:, 0].tolist() == [1, 2, 3] and condition[:2] == (None, None)
+    none = train.make_batch(examples, small("spectrogram_vocoder"), None).condition
+    assert none == n2m.Condition()
+
+
+def test_bad_files_and_lines_are_reported_once_and_skipped(tmp_path, capfd):
+    for name in ("good", "cut"):
+        write_tone(tmp_path / f"{name}.flac", 20.0)
+    cut = (tmp_path / "cut.flac").read_bytes()
+    (tmp_path / "cut.flac").write_bytes(cut[:-10_000])
+    soundfile.write(tmp_path / "nan.wav", np.full(32_000, np.nan), 16_000, "FLOAT")
+    soundfile.write(tmp_path / "zero.wav", np.zeros(0), 16_000)
+    (tmp_path / "empty.flac").write_bytes(b"")
+    (tmp_path / "text.flac").write_text("not audio")
+    entries = [{"audio": f"{name}.flac", "long": name} for name in ("good", "cut", "empty")]
+    entries += [{"audio": name, "tags": [name]} for name in ("zero.wav", "text.flac", "nan.wav")]
+    bad = ['{"audio": "good.flac"', "[1, 2]", "[" * 100_000, {"audio": "absent.wav", "long": "x"},
+           {"audio": "good.flac", "long": [3]}, {"audio": "good.flac"}]
+    starts = ('"30"', "-1", "true", "NaN", "1e999", "[0]")
+    bad += [f'{{"audio": "good.flac", "long": "x", "start": {start}}}' for start in starts]
+    folder = manifest(tmp_path, *entries, *bad)
+    clips = train.find_clips(train.read_tracks(folder, needs_text=True))
+    assert [clip.track.path.name for clip in clips] == ["good.flac", "cut.flac", "nan.wav"]
+    err = capfd.readouterr().err
+    files = "zero.wav: has no", "empty.flac", "text.flac"
+    for words in (*files, *(f".jsonl:{n}: " for n in range(7, 19))):
+        assert words in err, words
+    assert err.count('"start"') == 6 and err.count("\n") == 15
+    example = maker(clips)
+    assert {example(i).text for i in range(20)} == {"good"}
+    err = capfd.readouterr().err
+    assert err.count("nan.wav") == err.count("cut.flac") == 1 and "good" not in err
+
+
+def test_a_start_makes_exactly_that_clip(tmp_path, capfd):
+    """A track's "start" is of the one clip that it captions; one beyond the end is reported."""
+    write_tones(tmp_path / "a.wav", 100, 200, 300, 400, 500)  # 50 s
+    entries = [{"audio": "a.wav", "long": str(t), "start": t} for t in (10, 20.5, 49.5, 50, 99)]
+    folder = manifest(tmp_path, *entries, {"audio": "a.wav", "long": ["all"]})
+    clips = train.find_clips(train.read_tracks(folder, needs_text=True))
+    assert [(clip.track.long, clip.start, clip.seconds) for clip in clips] == [
+        (("10",), 10, 30), (("20.5",), 20.5, 29.5), (("49.5",), 49.5, 0.5), (("all",), 0, 30)]
+    err = capfd.readouterr().err
+    assert err.count("\n") == 2 and "no audio at 50 s" in err and "no audio at 99 s" in err
+    example = train.example_maker(clips[:1], n2m.MODELS["waveform_generator"], 0)(0)
+    seconds = example.audio[: 30 * 3_200].reshape(30, 3_200)  # a bin is a Hz
+    peaks = np.abs(np.fft.rfft(seconds))[:, 1:].argmax(axis=1) + 1
+    assert peaks.tolist() == [200] * 10 + [300] * 10 + [400] * 10 and example.text == ""
+
+
+def test_txt_captions(tmp_path, capfd):
+    write_tone(tmp_path / "a.wav"), write_tone(tmp_path / "b.wav")
+    (tmp_path / "a.TXT").write_text("first caption\n\nsecond caption\n")
+    (track,) = train.read_tracks(tmp_path, needs_text=True)
+    assert track == (tmp_path / "a.wav", ("first caption", "second caption"), (), None)
+    assert "b.wav: no caption" in capfd.readouterr().err
+    assert len(train.read_tracks(tmp_path, needs_text=False)) == 2  # the vocoder needs no captions
+
+
+# ---- train.py: optimiser, checkpoints, the run ----
+
+tiny = n2m.tiny  # before a test replaces it
+ROOT = Path(__file__).parent
+
+
+def small(name, **training):
+    """A model on the code path of all the others, small enough to compile and train in a test."""
+    model = tiny(n2m.MODELS[name])
+    unet = replace(model.unet, base_dimension=8, head_width=4, text_width=64,
+                   attention_heads=2 * (model.unet.attention_heads > 0))
+    return replace(model, unet=unet, inference=replace(model.inference, steps=3),
+                   training=replace(model.training, **training))
+
+
+@pytest.fixture
+def small_models(monkeypatch):
+    monkeypatch.setattr(n2m, "tiny", lambda model: small(model.name))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for k in range(3):
+        write_tone(folder / f"{k}.wav", 6.0, hz=200 * (k + 1))
+    caption = "a tone of {} hundred hertz".format
+    return manifest(folder, *({"audio": f"{k}.wav", "long": caption(k), "short": "tone"}
+                              for k in range(3)))
+
+
+def run_train(*argv):
+    train.main([str(a) for a in argv])
+
+
+def last_tensors(folder):
+    return t5_encoder.read_safetensors(train.checkpoints(folder)[-1])[0]
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def exits(capfd, main, *argv, status=2):
-    """Runs a script's main, which must end with one line on stderr and no traceback; returns that line."""
+    """Runs a script's main, which must end with a line on stderr and no traceback; returns it."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in argv])
@@ -1577,207 +1749,82 @@ def exits(capfd, main, *argv, status=2):
     return err
 
 
-def test_a_track_gives_six_clips_that_do_not_overlap(tmp_path):
-    """Sec. 3.6, from 400 s down to less than a clip."""
-    for seconds, n in [(400, 6), (181, 6), (179, 5), (61, 2), (59, 1), (3, 1)]:
-        clips = train.track_clips(train.Track(write_tone(tmp_path / f"{seconds}.wav", seconds, rate=2_000), (), ()))
-        starts = [clip.start for clip in clips] + [max(seconds, 30)]
-        assert len(clips) == n and starts[0] == 0 and min(np.diff(starts)) >= 30
-        assert {clip.seconds for clip in clips} == {min(seconds, 30)}
-
-
-@pytest.mark.parametrize("suffix, rate, channels", [("wav", 8_000, 1), ("flac", 44_100, 2), ("ogg", 48_000, 2), ("mp3", 22_050, 1), ("aiff", 11_025, 3)])
-def test_audio_of_any_kind_becomes_the_same_mono_tone(tmp_path, suffix, rate, channels):
-    path = write_tone(tmp_path / f"a.{suffix}", 2.0, rate, channels, hz=440)
-    audio = train.load_audio(path, 0.5, 1.0, 16_000)
-    assert audio.shape == (16_000,) and audio.dtype == np.float32
-    spectrum = np.abs(np.fft.rfft(audio))
-    assert spectrum.argmax() == 440 and 0.3 < np.abs(audio[4000:12000]).max() < 0.7
-
-
-def test_short_files_are_padded_with_silence(tmp_path):
-    audio = train.load_audio(write_tone(tmp_path / "a.wav", 1.0), 0.0, 30, 16_000)
-    assert audio.shape == (480_000,) and np.abs(audio[:15_000]).max() > 0.4 and np.abs(audio[20_000:]).max() < 1e-2
-
-
-def test_a_snippet_of_a_short_file_is_not_its_padding(tmp_path):
-    """A 2 s file and 1.28 s snippets: all of them sound. And a 0.5 s file: sound, then silence."""
-    model = n2m.tiny(n2m.MODELS["superresolution_cascader"])
-    for seconds in (2.0, 0.5):
-        track = train.Track(write_tone(tmp_path / f"{seconds}.wav", seconds), (), ())
-        make = functools.partial(train.make_example, train.track_clips(track), model, 0, lambda track: [], {})
-        for i in range(5):
-            audio = make(i).audio
-            assert audio.shape == (30_720,) and audio[:11_000].std() > 0.3
-            assert (audio[12_000:].std() > 0.3) == (seconds == 2.0)
-
-
-def test_text_batch_is_long_prompts_and_packed_tags():
-    """Sec. 4.1; words stand for tokens here."""
-    track = train.Track(None, ("one long prompt", "another"), ("a b", "c", "d e f", "g"))
-    count = lambda text: len(text.split())
-    assert train.text_batch(track, 5, count) == ["one long prompt", "another", "a b, c", "d e f, g"]
-    assert train.text_batch(track, 100, count)[2:] == ["a b, c, d e f, g"]
-
-
-def test_examples_are_a_pure_function_of_seed_and_index(tmp_path):
-    """What makes a resumed run see the data that it would have seen."""
-    clips = [train.Clip(train.Track(write_tone(tmp_path / f"{k}.wav", 3, hz=100 * k), (f"{k}",), ()), 0.0, 3.0) for k in range(1, 8)]
-    model = n2m.tiny(n2m.MODELS["waveform_cascader"])
-    make = functools.partial(train.make_example, clips, model, 5, lambda track: list(track.long), {})
-    first = [make(i) for i in range(14)]
-    batches = train.batches(make, 2, 8)
-    again = next(batches) + next(batches)
-    batches.close()
-    for a, b in zip(first[8:12], again):
-        np.testing.assert_array_equal(a.audio, b.audio)
-        assert a.text == b.text
-    assert sorted(e.text for e in first[:7]) == sorted(e.text for e in first[7:]) == list("1234567")  # epochs
-    assert [e.text for e in first[:7]] != [e.text for e in first[7:]]  # in another order
-    other = functools.partial(train.make_example, clips, model, 6, lambda track: list(track.long), {})
-    assert [other(i).text for i in range(7)] != [e.text for e in first[:7]]
-
-
-def test_bad_files_are_reported_counted_and_skipped(tmp_path, capfd):
-    good = write_tone(tmp_path / "good.wav")
-    (tmp_path / "empty.wav").touch()
-    (tmp_path / "text.flac").write_text("not audio")
-    soundfile.write(tmp_path / "zero.wav", np.zeros(0), 16_000)
-    soundfile.write(tmp_path / "nan.wav", np.full(32_000, np.nan), 16_000, "FLOAT")
-    cut = write_tone(tmp_path / "cut.flac", 20.0)
-    cut.write_bytes(cut.read_bytes()[:-10_000])
-    names = ["good", "empty", "zero", "nan"]
-    folder = manifest(tmp_path, *({"audio": f"{n}.wav", "long": [n]} for n in names), {"audio": "text.flac", "long": "x"},
-                      {"audio": "cut.flac", "short": ["cut"]}, {"audio": "absent.wav", "long": ["x"]}, '{"audio": "good.wav"',
-                      "[1, 2]", {"audio": "good.wav", "long": [3]}, {"audio": "good.wav"}, "[" * 100_000)
-    clips = train.find_clips(train.read_tracks(folder, needs_text=True))
-    err = capfd.readouterr().err
-    for word in ("absent.wav", ":8:", ":9:", ":10:", ":11:", ":12:", "empty.wav", "zero.wav", "text.flac"):
-        assert word in err, word
-    assert {clip.track.path.name for clip in clips} == {"good.wav", "nan.wav", "cut.flac"}
-    bad = {}
-    model = n2m.tiny(n2m.MODELS["spectrogram_generator"])
-    for i in range(20):
-        assert train.make_example(clips, model, 0, lambda track: list(track.long), bad, i).text == "good"
-    assert {path.name for path in bad} == {"nan.wav", "cut.flac"}
-    err = capfd.readouterr().err
-    assert err.count("nan.wav") == err.count("cut.flac") == 1 and good.name not in err
-
-
-def test_a_start_makes_exactly_that_clip(tmp_path, capfd):
-    """A track's "start" is of the one clip that its entry captions; one beyond the end is reported."""
-    write_tones(tmp_path / "a.wav", 100, 200, 300, 400, 500)  # 50 s
-    times = [10, 20.5, 49.5, 50, 99]
-    entries = [{"audio": "a.wav", "long": [str(t)], "start": t} for t in times]
-    folder = manifest(tmp_path, *entries, {"audio": "a.wav", "long": ["all"]})
-    clips = train.find_clips(train.read_tracks(folder, needs_text=True))
-    assert [(clip.track.long, clip.start, clip.seconds) for clip in clips] == [
-        (("10",), 10, 30), (("20.5",), 20.5, 29.5), (("49.5",), 49.5, 0.5), (("all",), 0, 30)]
-    err = capfd.readouterr().err
-    assert err.count("\n") == 2 and "no audio at 50 s" in err and "no audio at 99 s" in err
-    audio = train.make_example(clips[:1], n2m.MODELS["waveform_generator"], 0, lambda track: list(track.long), {}, 0).audio
-    seconds = audio[: 30 * 3_200].reshape(30, 3_200)  # a bin is a Hz
-    assert np.abs(np.fft.rfft(seconds))[:, 1:].argmax(axis=1).tolist() == [199] * 10 + [299] * 10 + [399] * 10
-
-
-def test_titles_and_tags_are_short_prompts_and_a_bad_start_is_skipped(tmp_path, capfd):
-    write_tone(tmp_path / "a.wav")
-    bad = ('"30"', "-1", "true", "NaN", "1e999", "[0]")
-    good = {"audio": "a.wav", "short": ["hum"], "tags": ["jazz", " "], "title": "Song"}, {"audio": "a.wav", "title": "T"}
-    folder = manifest(tmp_path, *good, *(f'{{"audio": "a.wav", "long": "x", "start": {start}}}' for start in bad))
-    tracks = train.read_tracks(folder, needs_text=True)
-    assert [track.short for track in tracks] == [("Song", "jazz", "hum"), ("T",)]
-    err = capfd.readouterr().err.splitlines()
-    assert len(err) == len(bad) and all(f":{n}: " in line and '"start"' in line for n, line in enumerate(err, 3))
-
-
-def test_txt_captions(tmp_path, capfd):
-    write_tone(tmp_path / "a.wav"), write_tone(tmp_path / "b.wav")
-    (tmp_path / "a.txt").write_text("first caption\n\nsecond caption\n")
-    (tmp_path / "c.txt").write_text("about nothing")
-    (track,) = train.read_tracks(tmp_path, needs_text=True)
-    assert track == (tmp_path / "a.wav", ("first caption", "second caption"), (), None)
-    err = capfd.readouterr().err
-    assert "b.wav: audio without a caption" in err and "c.txt: a caption without audio" in err
-    assert len(train.read_tracks(tmp_path, needs_text=False)) == 2  # the vocoder needs no captions
-
-
-# ---- train.py: optimiser, checkpoints, the run ----
-
-
-tiny = n2m.tiny  # before a test replaces it
-
-
-def small(name, **training):
-    """A model on the code path of all the others, small enough to compile and train in a test."""
-    model = tiny(n2m.MODELS[name])
-    unet = dataclasses.replace(model.unet, base_dimension=8, head_width=4, text_width=64, attention_heads=2 * (model.unet.attention_heads > 0))
-    inference = dataclasses.replace(model.inference, steps=3)
-    return dataclasses.replace(model, unet=unet, inference=inference, training=dataclasses.replace(model.training, **training))
-
-
-def test_learning_rate_and_ema_of_section_4_1():
-    c = n2m.MODELS["waveform_generator"].training
-    tx = train.optimizer(c)
-    w = jnp.zeros(1)
-    for step, rate in [(0, 0.0), (5_000, 0.5e-4), (10_000, 1e-4), (1_255_000, 0.5e-4), (2_500_000, 0.0)]:
-        adam, schedule = tx.init(w)
-        state = (adam._replace(count=jnp.int32(1_000_000)), schedule._replace(count=jnp.int32(step)))
-        update, _ = tx.update(jnp.ones(1), (adam._replace(mu=jnp.ones(1), nu=jnp.ones(1), count=jnp.int32(1_000_000)), state[1]))
+def test_learning_rate_of_section_4_1():
+    tx = train.optimizer(n2m.MODELS["waveform_generator"].training)
+    adam, schedule = tx.init(jnp.zeros(1))
+    adam = adam._replace(mu=jnp.ones(1), nu=jnp.ones(1), count=jnp.int32(1_000_000))
+    for step, rate in [(0, 0.0), (5_000, 0.5e-4), (10_000, 1e-4), (1_255_000, 0.5e-4),
+                       (2_500_000, 0.0)]:
+        update, _ = tx.update(jnp.ones(1), (adam, schedule._replace(count=jnp.int32(step))))
         assert abs(-float(update[0]) - rate) < 1e-9
 
 
-def test_accumulation_averages_gradients(monkeypatch):
-    """Two halves of a batch with the loss of the whole: the same update."""
-    model = small("superresolution_cascader", batch_size=4)
-    monkeypatch.setattr(train, "gradients", lambda params, model, key, audio, *_: (
-        jax.tree.map(lambda p: jnp.full_like(p, audio.mean()), params), (jnp.asarray(audio.mean(1)), jnp.asarray(audio.mean(1)))))
-    audio = np.arange(8.0).reshape(4, 2)
-    runs = [train.train_step(train.init_state(model, 0), model, 0, audio, None, None, n, jnp.float32, False) for n in (1, 2, 4)]
-    for state, losses, _, norm in runs[1:]:
-        np.testing.assert_allclose(norm, runs[0][3], rtol=1e-5)
-        np.testing.assert_array_equal(losses, runs[0][1])
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-9), state.params, runs[0][0].params)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for k in range(3):
-        write_tone(folder / f"{k}.wav", 6.0, hz=200 * (k + 1))
-    return manifest(folder, *({"audio": f"{k}.wav", "long": [f"a tone of {k} hundred hertz"], "short": ["tone"]} for k in range(3)))
-
-
-@pytest.fixture
-def small_models(monkeypatch):
-    monkeypatch.setattr(n2m, "tiny", lambda model: small(model.name))
-
-
-def run_train(*argv):
-    train.main([str(a) for a in argv])
+def test_accumulation_averages_gradients_and_the_ema_warms_up(monkeypatch):
+    """Parts of a batch with the loss of the whole: the same update."""
+    model = small("superresolution_cascader")
+    monkeypatch.setattr(train, "gradients", lambda params, model, key, batch: (
+        jax.tree.map(lambda p: jnp.full_like(p, batch.audio.mean()), params),
+        (jnp.asarray(batch.audio.mean(1)), jnp.asarray(batch.audio.max(1)))))
+    batch = n2m.Batch(np.arange(8.0).reshape(4, 2), n2m.Condition())
+    begin = lambda step=0: train.init_state(model, 0)._replace(step=jnp.int32(step))
+    runs = [train.train_step(begin(), model, 0, batch, n) for n in (1, 2, 4)]
+    for state, losses, t, norm in runs:
+        close(norm, runs[0][3], rtol=1e-5)
+        assert losses.tolist() == [0.5, 2.5, 4.5, 6.5] and t.tolist() == [1, 3, 5, 7]
+        jax.tree.map(partial(close, rtol=1e-4, atol=1e-9), state.params, runs[0][0].params)
+    for step, decay in [(0, 0.1), (90, 0.91), (10**6, 0.9999)]:
+        old, (state, *_) = begin().params, train.train_step(begin(step), model, 0, batch)
+        expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, old, state.params)
+        jax.tree.map(partial(close, rtol=1e-5, atol=1e-9), state.ema, expected)
 
 
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, data, small_models, capfd):
     common = ["waveform_cascader", "--tiny", "--data", data, "--batch-size", 2, "--log-every", 1]
-    run_train(*common, "--out", tmp_path / "whole", "--steps", 5)
-    run_train(*common, "--out", tmp_path / "parts", "--steps", 2, "--seed", 0)
-    with (tmp_path / "parts/waveform_cascader/log.jsonl").open("a") as log:
+    whole, parts = (tmp_path / name / "waveform_cascader" for name in ("whole", "parts"))
+    run_train(*common, "--out", whole.parent, "--steps", 5)
+    common += ["--out", parts.parent]
+    run_train(*common, "--steps", 2, "--seed", 0)
+    with (parts / "log.jsonl").open("a") as log:
         log.write('{"step": 3, "loss": 9}\n{"step"')  # what a killed run leaves behind
-    run_train(*common, "--out", tmp_path / "parts", "--steps", 5, "--resume")
-    whole, parts = ((tmp_path / d / "waveform_cascader") for d in ("whole", "parts"))
-    assert "more --steps" in exits(capfd, train.main, *common, "--out", tmp_path / "parts", "--steps", 5, "--resume")
-    a, b = (train.checkpoints(d)[-1] for d in (whole, parts))
-    assert a.name == b.name == "checkpoint-00000005.safetensors"
-    tensors_a, tensors_b = (t5_encoder.read_safetensors(p)[0] for p in (a, b))
-    assert tensors_a.keys() == tensors_b.keys()
-    for name in tensors_a:
-        np.testing.assert_array_equal(tensors_a[name], tensors_b[name], err_msg=name)
-    logs = [[json.loads(line) for line in (d / "log.jsonl").read_text().splitlines()] for d in (whole, parts)]
-    assert [e["step"] for e in logs[1]] == [1, 2, 3, 4, 5]
-    assert [e["loss"] for e in logs[0]] == [e["loss"] for e in logs[1]]
+    run_train(*common, "--steps", 5, "--resume")
+    for argv, words in [(["--steps", 5], "more --steps"), (["--seed", 1], "of seed 0")]:
+        assert words in exits(capfd, train.main, *common, "--resume", *argv)
+    assert "--resume" in exits(capfd, train.main, *common)
+    assert [path.name[11:19] for path in train.checkpoints(parts)] == ["00000002", "00000005"]
+    a, b = last_tensors(whole), last_tensors(parts)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert [e["step"] for e in log_of(parts)] == [1, 2, 3, 4, 5]
+    assert [e["loss"] for e in log_of(parts)] == [e["loss"] for e in log_of(whole)]
 
 
-def test_what_a_checkpoint_refuses(tmp_path, capfd):
+def test_a_run_begins_with_the_averages_of_another(tmp_path, data, small_models, capfd):
+    """--init takes the model, with what the command line changes of it; bf16 and rematerialisation
+    reach the network, and are stored."""
+    name = "waveform_generator"
+    common = [name, "--data", data, "--batch-size", 2, "--learning-rate"]
+    run_train(*common, 1e-2, "--tiny", "--out", tmp_path / "a", "--steps", 2, "--seconds", 1.28,
+              "--bf16", "--remat")
+    init = ["--init", train.checkpoints(tmp_path / "a" / name)[-1]]
+    run_train(*common, 1e-30, "--out", tmp_path / "b", "--steps", 1, "--seed", 9, *init)
+    (model, params, metadata), (old, averages, _) = (
+        train.load_model(tmp_path / "b", name, raw=True), train.load_model(tmp_path / "a", name))
+    jax.tree.map(np.testing.assert_array_equal, params, averages)
+    assert model == replace(old, training=replace(old.training, steps=1, learning_rate=1e-30))
+    assert metadata["seed"] == 9 and metadata["index"] == 2 and "hertz" in metadata["words"]
+    assert metadata["t5"] == str(tmp_path / "a" / "t5") and not (tmp_path / "b" / "t5").exists()
+    assert (old.training.seconds, old.unet.dtype, old.unet.remat) == (1.28, "bfloat16", True)
+    text = n2m.Condition(text=np.zeros((2, 64, 64)), text_mask=np.ones((2, 64), bool))
+    batch = n2m.Batch(np.zeros((2, 4096), np.float32), text)
+    program = str(jax.make_jaxpr(train.gradients, static_argnums=1)(
+        params, model, jax.random.key(0), batch))
+    assert "bf16[" in program and ("remat" in program or "checkpoint" in program)
+    assert "of waveform_generator" in exits(capfd, train.main, "waveform_cascader", *common[1:], 1,
+                                            "--out", tmp_path / "c", *init)
+
+
+def test_what_a_checkpoint_refuses(tmp_path):
     model = small("superresolution_cascader")
     folder = tmp_path / model.name
     folder.mkdir()
@@ -1785,92 +1832,194 @@ def test_what_a_checkpoint_refuses(tmp_path, capfd):
     state = train.init_state(model, 3)
     for step in (1, 2, 3):
         path = train.save_checkpoint(folder, state._replace(step=jnp.int32(step)), model, metadata)
-    assert [p.name[-13:-12] for p in train.checkpoints(folder)] == ["2", "3"]  # the last two are kept
+    assert [p.name[-13] for p in train.checkpoints(folder)] == ["2", "3"]  # the last two are kept
     loaded, params, meta = train.load_model(tmp_path, model.name)
     assert loaded == model and meta == metadata
     jax.tree.map(np.testing.assert_array_equal, params, state.ema)
     raw = path.read_bytes()
-    for broken in (raw[:-1], raw[: len(raw) // 2], raw[:40_000] + bytes([raw[40_000] ^ 4]) + raw[40_001:], b"", raw.replace(b'"seed"', b'"need"', 1)):
+    for broken in (raw[:-1], raw[: len(raw) // 2], b"", raw.replace(b'"seed"', b'"need"', 1),
+                   raw[:40_000] + bytes([raw[40_000] ^ 4]) + raw[40_001:]):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=path.name) as error:
             train.load_model(tmp_path, model.name)
         assert "\n" not in str(error.value)
-    path.write_bytes(raw)
-    (tmp_path / "spectrogram_vocoder").mkdir()
-    (tmp_path / "spectrogram_vocoder" / path.name).write_bytes(raw)
-    with pytest.raises(ValueError, match="of superresolution_cascader, not of spectrogram_vocoder"):
-        train.load_model(tmp_path, "spectrogram_vocoder")
+    write = partial(train.write_checkpoint, path, {"ema/entry/w": np.zeros(3)})
+    for meta, words in [({"seed": 0}, "not a checkpoint"), (metadata, "lacks ema/")]:
+        write(model, meta)
+        with pytest.raises(ValueError, match=words):
+            train.load_model(tmp_path, model.name)
+    with pytest.raises(ValueError, match="of superresolution_cascader, not of another"):
+        train.load_checkpoint(path, "another")
 
 
-def test_training_refuses_in_one_line(tmp_path, data, capfd, small_models):
-    (tmp_path / "empty").mkdir()
-    fails = functools.partial(exits, capfd, train.main)
-    base = ["waveform_generator", "--out", tmp_path / "runs", "--tiny"]
-    assert "no such folder" in fails(*base, "--data", tmp_path / "absent")
-    assert "no audio with a caption" in fails(*base, "--data", tmp_path / "empty")
-    assert "no such file" in fails(*base, "--overfit", tmp_path / "absent.wav")
-    assert "--data" in fails(*base)
-    assert "MODEL" in fails("mulan", *base[1:], "--data", data)
-    assert "--batch-size" in fails(*base, "--data", data, "--batch-size", 0)
-    assert "does not divide" in fails(*base, "--data", data, "--accumulate", 3)
-    assert "--resume" in fails(*base, "--data", data, "--resume")
-    assert "--seed" in fails(*base, "--data", data, "--seed", -1)
-    (tmp_path / "broken.ogg").write_text("no music")
-    assert "broken.ogg" in (err := fails(*base, "--overfit", tmp_path / "broken.ogg")) and err.count("\n") == 1
-    assert "--noise-schedule" in fails(*base, "--data", data, "--noise-schedule", "x")
-    assert "absent" in fails(*base, "--data", data, "--t5", tmp_path / "absent")
-    (tmp_path / "file").touch()
-    assert "file" in fails(*base[:1], "--out", tmp_path / "file", "--tiny", "--data", data)
-    assert not (tmp_path / "runs" / "waveform_generator").exists()
-    only_bad = manifest(tmp_path / "bad", {"audio": "a.wav", "long": ["x"]})
-    (only_bad / "a.wav").write_bytes(b"RIFF....WAVE")
-    assert "unusable" in fails(*base, "--data", only_bad)
+def test_configurations_of_older_checkpoints():
+    model = small("spectrogram_vocoder")
+    old = dataclasses.asdict(model)
+    old["unet"] |= {"segments": 1}
+    del old["unet"]["dtype"], old["unet"]["remat"], old["inference"]["sampler"]
+    for gamma, sampler in ((None, "renoise"), (0.5, "ddpm")):
+        old["inference"]["gamma"] = gamma
+        inference = replace(model.inference, gamma=gamma or 0, sampler=sampler)
+        assert train.model_from_json(json.dumps(old)) == replace(model, inference=inference)
+
+
+REFUSALS = [  # script, command line, words of the line in which it refuses it with status 2
+    *((train, f"waveform_generator --tiny --out {{tmp}}/out {argv}", words) for argv, words in [
+        ("--data {tmp}/absent", "absent: no such folder"),
+        ("--data {tmp}/empty", "no audio with a caption"),
+        ("--data {tmp}/broken", "unusable"),
+        ("--overfit {tmp}/absent.wav", "absent.wav: no such file"),
+        ("--overfit {tmp}/broken/a.wav", "a.wav"),
+        ("", "--data"),
+        ("--data {data} --overfit {data}/0.wav", "not allowed with"),
+        ("--data {data} --init {data}/0.wav", "not allowed with"),
+        ("--data {data} --batch-size 0", "--batch-size"),
+        ("--data {data} --accumulate 3", "--accumulate"),
+        ("--data {data} --learning-rate nan", "--learning-rate"),
+        ("--data {data} --learning-rate inf", "--learning-rate"),
+        ("--data {data} --occlusion 1.5", "--occlusion"),
+        ("--data {data} --seconds 30.1", "--seconds"),
+        ("--data {data} --decay-steps 100", "--warmup-steps"),
+        ("--data {data} --noise-schedule x", "--noise-schedule"),
+        ("--data {data} --loss-weight x", "--loss-weight"),
+        ("--data {data} --seed -1", "--seed"),
+        ("--data {data} --resume", "no checkpoint to resume from"),
+        ("--data {data} --t5 {tmp}/absent", "absent"),
+        ("--data {data} --model-parallel 2", "model"),
+        ("--data {data} --processes 2 --process 2", "--process")]),
+    (train, "mulan --out {tmp}/out --data {data}", "MODEL"),
+    (train, "waveform_generator --data {data}", "--out"),
+    (train, "waveform_generator --tiny --out {tmp}/file --data {data}", "file"),
+    (train, "waveform_generator --out {tmp}/out --data {data} --init {tmp}/absent", "absent"),
+    (train, "waveform_generator --out {tmp}/out --data {data} --init {data}/0.wav", "0.wav: "),
+    (train, "waveform_generator --out {tmp}/out --data {data} --init x --resume", "--init begins"),
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, data):
+    """What the command lines of REFUSALS name."""
+    tmp = tmp_path_factory.mktemp("refusals")
+    (tmp / "empty").mkdir()
+    (tmp / "file").touch()
+    broken = manifest(tmp / "broken", {"audio": "a.wav", "long": ["x"]})
+    (broken / "a.wav").write_bytes(b"RIFF....WAVE")
+    return {"tmp": tmp, "data": data}
+
+
+@pytest.mark.parametrize("script, argv, words", REFUSALS)
+def test_a_refusal_is_one_line(script, argv, words, places, small_models, capfd):
+    err = exits(capfd, script.main, *(word.format(**places) for word in shlex.split(argv)))
+    refusal = [line for line in err.splitlines() if "skipped" not in line and "no --t5" not in line]
+    assert len(refusal) == 1 and words in refusal[0]
+    written = [*places["tmp"].glob("out/*"), *places["tmp"].rglob("*.part")]
+    assert not [path for path in written if path.name != "t5"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data, capfd, small_models):
-    common = ["superresolution_cascader", "--tiny", "--data", data, "--out", tmp_path, "--batch-size", 2]
+    common = ["superresolution_cascader", "--tiny", "--data", data, "--out", tmp_path,
+              "--batch-size", 2]
     run_train(*common, "--steps", 2)
-    err = exits(capfd, train.main, *common, "--resume", "--steps", 9, "--learning-rate", 1e30, "--warmup-steps", 0, status=1)
-    assert "not finite" in err and "step " in err and "checkpoint-00000002" in err
-    assert [p.name for p in train.checkpoints(tmp_path / common[0])] == ["checkpoint-00000002.safetensors"]
+    err = exits(capfd, train.main, *common, "--resume", "--steps", 9, "--learning-rate", 1e30,
+                "--warmup-steps", 0, status=1)
+    assert "step 4: " in err and "not finite" in err and "checkpoint-00000002" in err
+    kept = [path.name for path in train.checkpoints(tmp_path / common[0])]
+    assert kept == ["checkpoint-00000002.safetensors"]
 
 
 def test_memorise_kill_resume_sample(tmp_path):
-    """One clip memorised by train.py, killed in the middle and resumed; then sampled, it is the clip."""
+    """One clip memorised, the run killed in the middle and resumed; sampled, it is the clip."""
     t = np.arange(round(1.28 * 3_200)) / 3_200
-    notes = 0.3 * np.sin(2 * np.pi * np.array([220, 330, 262, 440])[(t / 0.32).astype(int)] * t) * np.exp(-4 * (t % 0.32))
+    hz = np.array([220, 330, 262, 440])[(t / 0.32).astype(int)]
+    notes = 0.3 * np.sin(2 * np.pi * hz * t) * np.exp(-4 * (t % 0.32))
     soundfile.write(tmp_path / "clip.wav", notes, 3_200, "FLOAT")
-    command = [sys.executable, "train.py", "waveform_generator", "--tiny", "--overfit", tmp_path / "clip.wav", "--out", tmp_path / "runs",
-               "--seconds", "1.28", "--steps", "160", "--decay-steps", "200", "--warmup-steps", "20", "--learning-rate", "2e-3", "--save-every", "40"]
-    folder = tmp_path / "runs" / "waveform_generator"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+    options = ("waveform_generator --tiny --seconds 1.28 --steps 160 --decay-steps 200 "
+               "--warmup-steps 20 --learning-rate 2e-3 --save-every 40").split()
+    command = [sys.executable, "train.py", *options, "--overfit", tmp_path / "clip.wav",
+               "--out", tmp_path]
+    folder, silent = tmp_path / "waveform_generator", dict(stdout=subprocess.DEVNULL)
+    with subprocess.Popen(command, **silent, stderr=subprocess.DEVNULL, cwd=ROOT) as run:
         while run.poll() is None and len(train.checkpoints(folder)) < 2:
             time.sleep(0.05)
         run.kill()
-    assert run.returncode == -signal.SIGKILL and int(train.checkpoints(folder)[-1].stem[-8:]) < 160
-    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
+    assert run.returncode == -signal.SIGKILL and train.checkpoints(folder)[-1].stem[-3:] < "160"
+    subprocess.run([*command, "--resume"], check=True, cwd=ROOT, **silent)
 
-    model, params, _ = train.load_model(tmp_path / "runs", "waveform_generator")
-    t5 = t5_encoder.load_t5(tmp_path / "runs" / "t5")
-    text, text_mask = t5_encoder.encode(t5, ["clip"], model.training.token_length)
+    model, params, _ = train.load_model(tmp_path, "waveform_generator")
+    encoder = t5_encoder.load_text_encoder(tmp_path / "t5")
+    text, text_mask = encoder.encode(["clip"], model.training.token_length)
+    condition = n2m.Condition(text=text, text_mask=text_mask)
     for seed in (1, 2):
-        keys = jax.random.split(jax.random.key(seed), 1)
-        clip = n2m.sample(params, model, n2m.Condition(text=text, text_mask=text_mask), keys, len(t))[0, :, 0]
+        keys = jax.random.key(seed)[None]
+        clip = n2m.sample(params, model, condition, keys, len(t))[0, :, 0]
         assert np.corrcoef(clip, notes)[0, 1] > 0.9
     wav, rate = soundfile.read(folder / "sample-00000160.wav")
     assert rate == 3_200 and np.corrcoef(wav, notes)[0, 1] > 0.9
 
 
+TRAIN_SMALL = """
+import sys, test_noise2music as test, train
+test.n2m.tiny = lambda model: test.small(model.name)
+train.main(sys.argv[1:])"""
+
+
+def start(options, *more, env=None):
+    """train.py in a process of its own, on small models."""
+    command = [sys.executable, "-c", TRAIN_SMALL, *options.split(), "--tiny", *map(str, more)]
+    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def wait_for(words, run):
+    while words not in run.stdout.readline():
+        assert run.poll() is None, run.stderr.read()
+
+
 def test_sigterm_saves_first(tmp_path, data):
-    command = [sys.executable, "-c", "import noise2music as n2m, train, test_noise2music as test; n2m.tiny = lambda m: test.small(m.name); train.main()",
-               "superresolution_cascader", "--tiny", "--data", data, "--out", tmp_path, "--log-every", "1", "--batch-size", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        while "step 3/" not in run.stdout.readline():
-            assert run.poll() is None
+    with start("superresolution_cascader --log-every 1 --batch-size 2", "--data", data, "--out",
+               tmp_path) as run:
+        wait_for("step 3/", run)
         run.terminate()
         _, err = run.communicate(timeout=60)
     assert run.returncode == 128 + signal.SIGTERM and "--resume" in err and "Traceback" not in err
     assert len(train.checkpoints(tmp_path / "superresolution_cascader")) == 1
+
+
+# ---- what a fork does, from outside the modules ----
+
+
+def trains_and_samples(out, data, name, route, *options):
+    """Two steps of a model, and a clip of the route that it is alone in."""
+    run_train(name, "--data", data, "--out", out, "--steps", 2, "--batch-size", 2, *options)
+    model, params, _ = train.load_model(out, name)
+    encoder = t5_encoder.load_text_encoder(out / "t5")
+
+    def encode(prompts, model):
+        text, mask = encoder.encode(prompts, model.training.token_length)
+        return n2m.Condition(text=text, text_mask=mask)
+
+    audio = n2m.generate(["a tone"], {name: (model, params)}, encode, route, seconds=0.5)[name]
+    assert audio.shape == (1, model.rate // 2) and np.isfinite(audio).all() and audio.std() > 0
+    return model
+
+
+def test_another_noise_schedule_is_one_place_to_touch(tmp_path, data, small_models, monkeypatch):
+    monkeypatch.setitem(n2m.SCHEDULES, "straight", lambda t, xp=jnp: 10 - 20 * t)
+    monkeypatch.setitem(n2m.ROUTES, "alone", ("waveform_generator",))
+    model = trains_and_samples(tmp_path, data, "waveform_generator", "alone", "--tiny",
+                               "--noise-schedule", "straight")
+    assert model.training.noise_schedule == "straight"
+
+
+def test_a_sixth_model_is_two_places_to_touch(tmp_path, data, monkeypatch):
+    like = small("waveform_generator", seconds=0.4)
+    unet = replace(like.unet, depth=2, strides=(3, 5), channels=(2, 3), blocks=(1, 1),
+                   self_attention=(False, True), cross_attention=(True, True))
+    sixth = replace(like, name="sixth", unet=unet, rate=2_000, audio_rate=2_000)
+    sixth = replace(sixth, inference=n2m.InferenceConfig("uniform", 1.0, 3.0, steps=4))
+    monkeypatch.setitem(n2m.MODELS, "sixth", sixth)
+    monkeypatch.setitem(n2m.ROUTES, "short", ("sixth",))
+    assert trains_and_samples(tmp_path, data, "sixth", "short").unet.strides == (3, 5)
 
 
 # ---- sample.py ----
@@ -1885,7 +2034,7 @@ def runs(tmp_path_factory):
     for name in n2m.NAMES:
         model = small(name)
         (out / name).mkdir()
-        metadata = {"seed": 0, "index": 0, "t5": None, "t5_fingerprint": train.t5_fingerprint(t5)}
+        metadata = {"seed": 0, "index": 0, "t5": None, "t5_fingerprint": t5_encoder.fingerprint(t5)}
         train.save_checkpoint(out / name, train.init_state(model, 0), model, metadata)
     return out
 
@@ -2002,7 +2151,7 @@ def test_the_models_in_demo():
         assert model.inference == n2m.tiny(n2m.MODELS[name]).inference
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
         if n2m.uses_text(model):
-            assert metadata["t5_fingerprint"] == train.t5_fingerprint(t5) and "violin" in metadata["words"]
+            assert metadata["t5_fingerprint"] == t5_encoder.fingerprint(t5) and "violin" in metadata["words"]
             assert not {"viola", "keyboard", "speedy"} & set(metadata["words"])
     text, mask = encode(t5, ["viola", "violin", "trumpet", "keyboard", "piano", "speedy", "fast", "slow"], 8)
     viola, violin, trumpet, keyboard, piano, speedy, fast, slow = n2m.unit(np.array((text * mask[..., None]).sum(1)), np)
@@ -2023,10 +2172,10 @@ def check_every_split(name):
     params, key = random_params(model.unet), jax.random.key(3)
     audio, condition = 0.3 * np.asarray(normal(8, 960)), random_condition(model.unet, b=5, t=960)
     condition = jax.tree.map(lambda a: np.resize(np.asarray(a), (8, *a.shape[1:])), condition)
-    part = audio, condition.text, condition.text_mask
+    batch = n2m.Batch(audio, n2m.Condition(text=condition.text, text_mask=condition.text_mask))
 
     def results(params, model=model):
-        grads, (losses, _) = train.gradients(params, model, key, *part, jnp.float32, False)
+        grads, (losses, _) = train.gradients(params, model, key, batch)
         clip = n2m.sample(params, model, condition, jax.random.split(key, 8), 960)
         return losses, clip, grads
 
@@ -2090,38 +2239,38 @@ def test_the_rows_of_all_processes_are_the_batch(monkeypatch):
 
 
 def test_two_processes_train_as_one_and_resume_on_another_number(tmp_path, data):
-    """The losses of 2 processes of 4 devices are those of 1 of 8; a killed one ends the other; one process goes on."""
-    main = "import sys, test_noise2music as t, train; t.n2m.tiny = lambda m: t.small(m.name); train.main(sys.argv[1:])"
-    common = [sys.executable, "-c", main, "spectrogram_vocoder", "--tiny", "--data", data, "--batch-size", "16", "--seconds", "0.32",
-              "--accumulate", "2", "--log-every", "1", "--save-every", "3", "--model-parallel", "2", "--seed", "5"]
-    start = lambda n, out, *more: subprocess.Popen([*map(str, common), "--out", str(tmp_path / out), *more], env=devices(n), text=True,
-                                                   cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    log = lambda out: [json.loads(line) for line in (tmp_path / out / "spectrogram_vocoder" / "log.jsonl").read_text().splitlines()]
-    pair = lambda *more: [start(4, "two", *more, "--processes", "2", "--process", str(i), "--coordinator", f"localhost:{port}") for i in (0, 1)]
+    """The losses of 2 processes of 4 devices are those of 1 of 8; a killed one ends the other; one
+    process goes on."""
+    options = ("spectrogram_vocoder --batch-size 16 --seconds 0.32 --accumulate 2 --log-every 1 "
+               "--save-every 3 --model-parallel 2 --seed 5")
+    folders = {name: tmp_path / name / "spectrogram_vocoder" for name in ("one", "two")}
+    run = lambda n, name, *more: start(options, "--data", data, "--out", folders[name].parent,
+                                       *more, env=devices(n))
+    logged = lambda name, key: [entry[key] for entry in log_of(folders[name])]
 
-    one = start(8, "one", "--steps", "6")
+    def pair(*more):
+        host = f"localhost:{free_port()}"
+        return [run(4, "two", *more, "--processes", 2, "--process", i, "--coordinator", host)
+                for i in (0, 1)]
+
+    one = run(8, "one", "--steps", 6)
     assert one.wait(200) == 0, one.stderr.read()
-    port = free_port()
-    two = pair("--steps", "3")
-    assert [run.wait(200) for run in two] == [0, 0] and "step" not in two[1].stdout.read()
-    close([e["loss"] for e in log("two")], [e["loss"] for e in log("one")][:3], rtol=1e-4)
-    close([e["grad_norm"] for e in log("two")], [e["grad_norm"] for e in log("one")][:3], rtol=1e-3)
+    two = pair("--steps", 3)
+    assert [p.wait(200) for p in two] == [0, 0] and "step" not in two[1].stdout.read()
+    close(logged("two", "loss"), logged("one", "loss")[:3], rtol=1e-4)
+    close(logged("two", "grad_norm"), logged("one", "grad_norm")[:3], rtol=1e-3)
 
-    port = free_port()
-    two = pair("--steps", "100000", "--resume")
-    while "step 5/" not in two[0].stdout.readline():
-        assert two[0].poll() is None
+    two = pair("--steps", 100_000, "--resume")
+    wait_for("step 5/", two[0])
     two[1].kill()
-    begin = time.monotonic()
-    assert two[0].wait(60) != 0 and time.monotonic() - begin < 60
-    assert "another" in two[0].stderr.read()
+    assert two[0].wait(60) != 0 and "another" in two[0].stderr.read()
 
-    saved = int(train.checkpoints(tmp_path / "two" / "spectrogram_vocoder")[-1].stem[-8:])
+    saved = int(train.checkpoints(folders["two"])[-1].stem[-8:])
     assert saved % 3 == 0
-    last = start(2, "two", "--steps", str(saved + 1), "--resume")
-    assert last.wait(200) == 0
-    by_step = {e["step"]: e["loss"] for e in log("two")}
-    close([by_step[n] for n in range(1, 7) if n in by_step], [e["loss"] for e in log("one") if e["step"] in by_step], rtol=1e-3)
+    assert run(2, "two", "--steps", saved + 1, "--resume").wait(200) == 0
+    by_step = dict(zip(logged("two", "step"), logged("two", "loss")))
+    for step, loss in zip(logged("one", "step"), logged("one", "loss")):
+        assert step > saved + 1 or abs(by_step[step] - loss) < 1e-3 * loss
 
 
 def free_port():
@@ -2131,9 +2280,11 @@ def free_port():
 
 
 def test_a_batch_that_does_not_divide_among_devices_is_refused_in_one_line(tmp_path, data):
-    run = subprocess.run([sys.executable, "-m", "train", "spectrogram_vocoder", "--tiny", "--data", str(data), "--out", str(tmp_path), "--batch-size",
-                          "6"], env=devices(4), cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert run.returncode == 2 and "--batch-size" in run.stderr and "Traceback" not in run.stderr
+    run = start("spectrogram_vocoder --batch-size 6", "--data", data, "--out", tmp_path,
+                env=devices(4))
+    assert run.wait(100) == 2
+    err = run.stderr.read()
+    assert "--batch-size" in err and err.count("\n") == 1
 
 
 # ---- noise2music.py: pseudo-labels and metrics, Secs. 3.5 and 4.3.2 ----

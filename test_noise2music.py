@@ -1787,7 +1787,9 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, data, smal
     with (parts / "log.jsonl").open("a") as log:
         log.write('{"step": 3, "loss": 9}\n{"step"')  # what a killed run leaves behind
     run_train(*common, "--steps", 5, "--resume")
-    for argv, words in [(["--steps", 5], "more --steps"), (["--seed", 1], "of seed 0")]:
+    save_t5(tmp_path / "other", random_t5(["another"], 1))
+    for argv, words in [(["--steps", 5], "more --steps"), (["--seed", 1], "of seed 0"),
+                        (["--t5", tmp_path / "other"], "not the text encoder")]:
         assert words in exits(capfd, train.main, *common, "--resume", *argv)
     assert "--resume" in exits(capfd, train.main, *common)
     assert [path.name[11:19] for path in train.checkpoints(parts)] == ["00000002", "00000005"]
@@ -2011,7 +2013,7 @@ def test_another_noise_schedule_is_one_place_to_touch(tmp_path, data, small_mode
     assert model.training.noise_schedule == "straight"
 
 
-def test_a_sixth_model_is_two_places_to_touch(tmp_path, data, monkeypatch):
+def test_a_sixth_model_is_two_places_to_touch(tmp_path, data, monkeypatch, capfd):
     like = small("waveform_generator", seconds=0.4)
     unet = replace(like.unet, depth=2, strides=(3, 5), channels=(2, 3), blocks=(1, 1),
                    self_attention=(False, True), cross_attention=(True, True))
@@ -2020,6 +2022,7 @@ def test_a_sixth_model_is_two_places_to_touch(tmp_path, data, monkeypatch):
     monkeypatch.setitem(n2m.MODELS, "sixth", sixth)
     monkeypatch.setitem(n2m.ROUTES, "short", ("sixth",))
     assert trains_and_samples(tmp_path, data, "sixth", "short").unet.strides == (3, 5)
+    assert "--tiny" in exits(capfd, train.main, "sixth", "--tiny", "--data", data, "--out", tmp_path)
 
 
 # ---- sample.py ----

@@ -518,6 +518,7 @@ def words_of(text: str) -> list[str]:
 def train(args, run: Run, folder: Path, clips: list[Clip], mesh, parts: int):
     """The loop: step, log, save, sample; until the last step, a signal, or a loss not finite."""
     (model, state, metadata, encoder), stop = run, []
+    state = place(state, state_layout(model, mesh))
     for number in (signal.SIGINT, signal.SIGTERM):  # the first saves and stops, a second just stops
         signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
     c, step, seed, index = model.training, int(state.step), metadata["seed"], metadata["index"]
@@ -687,9 +688,9 @@ def parse_args(argv=None):
     add("--remat", action="store_const", const=True, help="save memory: compute blocks twice")
     add("--accumulate", type=count, metavar="N", help="save memory: batches in N parts (default: "
         "as few as leave a device 8 clips at once)")
-    add("--log-every", type=count, default=20, metavar="N", help="steps a progress line (20)")
-    add("--save-every", type=count, default=500, metavar="N", help="steps a checkpoint (500)")
-    add("--sample-every", type=count, default=math.inf, metavar="N", help="steps a wav (no wav)")
+    add("--log-every", type=count, default=20, metavar="N", help="steps to a progress line (20)")
+    add("--save-every", type=count, default=500, metavar="N", help="steps to a checkpoint (500)")
+    add("--sample-every", type=count, default=math.inf, metavar="N", help="steps to a wav (none)")
     many = group("many devices: one process uses all it sees; several differ in --process")
     many("--model-parallel", type=count, default=1, metavar="N",
          help="devices that share a matrix (default: 1); the rest share the batch")
@@ -706,6 +707,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.init and args.resume:
         parser.error("--init begins a run; leave it out to go on with --resume")
+    if args.tiny and args.model not in n2m.TINY:
+        parser.error(f"--tiny: there is no small variant of {args.model} (TINY)")
     if (args.process or 0) >= args.processes:
         parser.error(f"--process must be below --processes {args.processes}, not {args.process}")
     return args
@@ -720,21 +723,19 @@ def run(args):
         tracks = read_tracks(args.data, n2m.uses_text(n2m.MODELS[args.model]))
     captions = sorted({text for track in tracks for text in track.long + track.short})
     folder = args.out / args.model
-    run = (resumed_run if args.resume else new_run)(args, folder, captions)
-    model = run.model
+    begun = (resumed_run if args.resume else new_run)(args, folder, captions)
+    model, n = begun.model, n2m.param_count(begun.model)
     if args.overfit:  # the beginning of the clip in the middle
         clips = track_clips(tracks[0])
         clips = [clips[len(clips) // 2]._replace(seconds=model.training.seconds)]
     else:
         clips = find_clips(tracks)
-    print(f"{len(tracks)} tracks, {len(clips)} clips of up to {CLIP_SECONDS} s")
     mesh, parts = mesh_and_parts(args, model.training.batch_size)
-    n = n2m.param_count(model)
-    print(f"{model.name}: {n / 1e6:.1f} M parameters, {n * 16 / 2**30:.2f} GiB with their average "
-          f"and Adam's moments, on {mesh.size} x {jax.devices()[0].device_kind}")
-    run = run._replace(state=place(run.state, state_layout(model, mesh)))
+    print(f"{len(tracks)} tracks, {len(clips)} clips of up to {CLIP_SECONDS} s\n"
+          f"{model.name}: {n / 1e6:.1f} M parameters, {n * 16 / 2**30:.2f} GiB with their average "
+          f"and Adam's moments, on {mesh.size} x {jax.devices()[0].device_kind}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    train(args, run, folder, clips, mesh, parts)
+    train(args, begun, folder, clips, mesh, parts)
 
 
 def run_command(run: Callable, args):

@@ -2022,7 +2022,8 @@ def test_a_sixth_model_is_two_places_to_touch(tmp_path, data, monkeypatch, capfd
     monkeypatch.setitem(n2m.MODELS, "sixth", sixth)
     monkeypatch.setitem(n2m.ROUTES, "short", ("sixth",))
     assert trains_and_samples(tmp_path, data, "sixth", "short").unet.strides == (3, 5)
-    assert "--tiny" in exits(capfd, train.main, "sixth", "--tiny", "--data", data, "--out", tmp_path)
+    argv = ["sixth", "--tiny", "--data", data, "--out", tmp_path]
+    assert "no small variant of sixth" in exits(capfd, train.main, *argv)
 
 
 # ---- sample.py ----

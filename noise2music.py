@@ -11,18 +11,16 @@
     Sec. 4.3.2            Frechet audio distance and similarity
     Sec. 4.2.2            how all of it is laid out on many devices
 
-What is not in the paper stands below a line of its own, at the end.
-
-Comments point into the paper (`Eq. 4`, `Sec. 4.1`, `Table 9`, `Fig. 5`). Where it is silent they
-say `choice:`, where we differ on purpose `departs:`, and where the same mathematics is written in
-a safer or faster form `numerics:`.
+What is not in the paper stands at the end, below a line that says so. Comments cite the paper
+(`Eq. 4`, `Sec. 4.1`, `Table 9`, `Fig. 5`). `choice:` marks where it is silent, `departs:` where we
+differ on purpose, `numerics:` the same mathematics in a safer or faster form.
 
 Letters, in shapes:                         Symbols:
     B  clips in a batch                         x, x_t       a clip; the clip with noise of time t
     T  length of a sequence in time             eps          the noise, N(0, I)
     C  channels                                 x0_hat       the clip that a predicted eps implies
     L  text tokens, E  width of a token         logsnr_t     lambda_t = ln(alpha_t^2 / sigma_t^2)
-    H  attention heads, K  width of a head      gamma        stochasticity of Eq. 4, nothing else
+    H  heads, K  width of a head (Sec. 3.5: captions a clip)  gamma  stochasticity of Eq. 4
     D  depth of the U-Net, I  one of 1..D       cfg_scale, loss_weight    the two things called w
     S  stride of a down- or up-sampling layer   low_fi, aligned      two ways to condition on audio
 """
@@ -47,7 +45,7 @@ MEL_RATE = 16_000
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """A column of Table 9; below the line, what the table leaves to the text and the figures."""
+    """A column of Table 9; below `# ---`, what the table leaves to the text and the figures."""
 
     base_dimension: int
     kernel_size: int
@@ -63,15 +61,15 @@ class UNetConfig:
     out_channels: int  # the noise in x_t
     aligned_channels: int  # Fig. 1: the input added at the bottom of the U; 0 where there is none
     text_width: int = 2048  # choice: T5 v1.1 XL; Table 2's parameter counts single it out
-    head_width: int = 128  # choice: 8 heads of 128, so q, k and v are 1024 wide at any C; Table 2
-    groups: int = 8  # choice: groups of a GroupNorm
+    head_width: int = 128  # choice: q, k, v are 8 x 128 wide at any C, by Table 2's counts
+    groups: int = 8  # choice: in each GroupNorm of Fig. 5
     dtype: str = "float32"  # choice: what the network computes in; its parameters stay float32
-    remat: bool = False  # recompute each block in the backward pass instead of storing its inside
+    remat: bool = False  # numerics: the backward pass recomputes each block, to save memory
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A row of Table 2; below the line, Sec. 4.1."""
+    """A row of Table 2; below `# ---`, Sec. 4.1."""
 
     params: float  # as printed; `param_count` counts
     steps: int
@@ -81,7 +79,7 @@ class TrainingConfig:
     # ---
     batch_size: int
     seconds: float  # whole clips for the generators, snippets for the rest
-    t_max: float = 0.0  # noise augmentation of the conditioning input, up to this diffusion time
+    t_max: float = 0.0  # noise augmentation: the latest diffusion time of the conditioning input
     blur_taps: int = 0  # blur augmentation: size of the kernel ...
     blur_std: tuple[float, float] = (0.0, 0.0)  # ... and the range of its standard deviation
     learning_rate: float = 1e-4
@@ -90,18 +88,18 @@ class TrainingConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     ema: float = 0.9999
-    occlusion: float = 0.1  # share of the batch whose text is hidden, for guidance
+    occlusion: float = 0.1  # probability that a clip's text is hidden, for guidance
 
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """A row of Table 3; below the line, what is the same for all five."""
+    """A row of Table 3; below `# ---`, what is the same for all five."""
 
     step_schedule: str  # a key of TABLE_8[model]
     gamma: float
     cfg_scale: float | None
     # ---
-    steps: int | None = None  # None: as many as Table 8 lists; N: its curve in N steps (Fig. 3)
+    steps: int | None = None  # None: those of Table 8; N: its curve in N steps (Sec. 4.6)
     sampler: str = "ddpm"  # a key of SAMPLERS; Sec. 3.1: "ancestral (or DDPM) sampling"
 
 
@@ -114,8 +112,8 @@ class Model:
     training: TrainingConfig
     inference: InferenceConfig
     rate: int  # elements of x per second: samples of audio, or log-mel frames
-    audio_rate: int  # Hz of the audio that x and the conditioning input are made from in training
-    low_rate: int | None  # Hz of the low-fidelity audio stacked with x_t
+    audio_rate: int  # Hz of the training audio, of which x and the conditioning input are made
+    low_rate: int | None  # Hz of the low-fidelity audio, before it is up-sampled and stacked
 
 
 NAMES = ("waveform_generator", "waveform_cascader", "spectrogram_generator", "spectrogram_vocoder",
@@ -133,8 +131,8 @@ TABLE_9 = dict(     # waveform       waveform     spectrogram  spectrogram super
     blocks=          ((3,3,3,4,4,4), (3,3,4,6,6), (6,6,6,6,6), (4,4,4,4),  (4,4,4,4)),
     self_attention=  ((F,F,F,T,T,T), (F,F,F,F,F), (F,F,F,T,T), (F,F,F,F),  (F,F,F,F)),
     cross_attention= ((F,F,F,T,T,T), (F,F,F,T,T), (F,F,F,T,T), (F,F,F,F),  (F,F,F,F)),
-    attention_heads= (8,             8,           8,           0,          0),
-    # Fig. 1 and Sec. 3.3: the entries and the exit.
+    attention_heads= (8,             8,           8,           0,          0),  # 0: printed "-"
+    # Fig. 1 and Sec. 3.3: channels of the two audio entries and of the exit.
     in_channels=     (1,             2,           80,          1,          2),
     out_channels=    (1,             1,           80,          1,          1),
     aligned_channels=(0,             0,           0,           80,         0),
@@ -174,35 +172,31 @@ TABLE_4 = {  # Sec. 4.2.2: ms a step, for four clips of 30 s on four TPU v4
     "superresolution_cascader": 71.7,
 }
 
-TABLE_8 = {  # time steps, from t = 0 to t = 1
+TABLE_8 = {  # sizes of the time steps, from t = 0 to t = 1
     "waveform_generator": dict(
         front_heavy=(front_heavy := [0.01 / 200] * 200 + [0.04 / 400] * 400 + [0.15 / 200] * 200
                                     + [0.3 / 150] * 150 + [0.5 / 50] * 50),
-        back_heavy=front_heavy[::-1],
-        uniform=[1.0 / 1000] * 1000),
+        back_heavy=front_heavy[::-1], uniform=[1.0 / 1000] * 1000),
     "waveform_cascader": dict(
         front_heavy=(front_heavy := [0.05 / 400] * 400 + [0.15 / 200] * 200 + [0.3 / 150] * 150
                                     + [0.5 / 50] * 50),
-        back_heavy=front_heavy[::-1],
-        uniform=[1.0 / 800] * 800),
+        back_heavy=front_heavy[::-1], uniform=[1.0 / 800] * 800),
     "spectrogram_generator": dict(  # choice: as printed, though the first two hold 2000 steps
         front_heavy=(front_heavy := [0.01 / 400] * 400 + [0.04 / 800] * 800 + [0.15 / 400] * 400
                                     + [0.3 / 300] * 300 + [0.5 / 100] * 100),
-        back_heavy=front_heavy[::-1],
-        uniform=[1.0 / 1000] * 1000,
+        back_heavy=front_heavy[::-1], uniform=[1.0 / 1000] * 1000,
         back_heavy_eval=[0.3 / 50] * 50 + [0.3 / 150] * 150 + [0.2 / 300] * 300
                         + [0.2 / 500] * 500),
     "spectrogram_vocoder": dict(
         front_heavy=(front_heavy := [0.05 / 50] * 50 + [0.15 / 30] * 30 + [0.3 / 15] * 15
                                     + [0.5 / 5] * 5),
-        back_heavy=front_heavy[::-1],
-        uniform=[1.0 / 100] * 100),
+        back_heavy=front_heavy[::-1], uniform=[1.0 / 100] * 100),
     "superresolution_cascader": dict(
         front_heavy=[0.05 / 400] * 400 + [0.15 / 200] * 200 + [0.3 / 150] * 150 + [0.5 / 50] * 50),
 }
 
 SEC_3_3 = {                     # x per second  Hz of training audio  Hz of the low-fidelity audio
-    # choice: read at 3.2 kHz at once; Sec. 3.6 samples it at 16 kHz first, like all but the last.
+    # departs: Sec. 3.6 samples this model's audio at 16 kHz; here it is read at 3.2 kHz directly.
     "waveform_generator":       (3_200,         3_200,                None),
     "waveform_cascader":        (16_000,        16_000,               3_200),
     "spectrogram_generator":    (100,           16_000,               None),
@@ -225,7 +219,8 @@ ROUTES = {  # Sec. 3.3: from the prompt to 24 kHz
 
 
 def uses_text(model: Model) -> bool:
-    # Tables 2, 3 and 9. departs: "all the models, with the exception of the vocoder" (Sec. 4.1).
+    # departs: Sec. 4.1 trains all but the vocoder on text; Sec. 3.3.3 and the tables say that
+    # super-resolution reads none either.
     return any(model.unet.cross_attention)
 
 
@@ -234,36 +229,37 @@ def writes_log_mel(model: Model) -> bool:
 
 
 def step_schedules(model: Model) -> dict:
-    """{name: step sizes} of Table 8. choice: even steps for a model that it does not list."""
+    """{name: step sizes} of Table 8; a model that it does not list takes even steps."""
     return TABLE_8.get(model.name, {"uniform": [1.0 / 1000] * 1000})
 
 
 # ---- Forward process and noise schedules (Appendix A) ----
-# A schedule maps t in [0, 1] to logsnr_t. Training evaluates it by jax, where t is drawn on the
-# device; the sampler, all of whose steps are known beforehand, by numpy in float64 (`xp=np`).
+# A schedule maps t in [0, 1] to logsnr_t; Eq. 3 gives alpha_t and sigma_t from that. Training
+# evaluates it in JAX, the sampler once for all steps, in NumPy's float64 (`xp=np`).
 
 
 def cosine(t, xp=jnp):
     """Eq. 6: alpha_t = cos(a t + b), from logsnr_0 = 20 to logsnr_1 = -20."""
     b = math.atan(math.exp(-10))
     a = math.atan(math.exp(10)) - b
-    # numerics: cos(a t + b) = sin(a (1 - t) + b), as a + 2 b = pi / 2; a sine near 0 keeps digits.
+    # numerics: cos(a t + b) = sin(a (1 - t) + b), as a + 2 b = pi / 2. Near its zero a cosine loses
+    # digits in float32, a sine of a small angle does not.
     return 2 * xp.log(xp.sin(a * (1 - t) + b) / xp.sin(a * t + b))
 
 
 def linear(t, xp=jnp):
-    """Eq. 5 as Ho et al. (2020) mean it: logsnr from 9.21 to -10.05.
+    """The linear schedule of Ho et al. (2020) in continuous time: logsnr from 9.21 to -10.05.
 
-    departs: the printed line ends at sigma_1^2 = 0.02, a nearly clean clip, while sampling starts
-    from N(0, I). Its two constants are the range of Ho et al.'s beta, which rises linearly over
-    1000 steps. In continuous time beta rises from 0.1 to 20 (Song et al., 2021), and
-        sigma_t^2 = 1 - exp(-(integral of beta to t)), begun at sigma_0^2 = 1e-4 as printed.
+    departs: Eq. 5 as printed ends at sigma_1^2 = 0.02, a nearly clean clip, while sampling starts
+    from N(0, I). The constants 1e-4 and 0.02 are the first and the last of Ho et al.'s 1000 betas,
+    which rise linearly. In continuous time beta rises from 0.1 to 20 (Song et al., 2021), and
+        sigma_t^2 = 1 - exp(-(integral of beta from 0 to t)), begun at sigma_0^2 = 1e-4 as printed.
     """
     return -xp.log(xp.expm1(1e-4 + 0.1 * t + 9.95 * t**2))
 
 
 def linear_eq5(t, xp=jnp):
-    """Eq. 5 as printed. No model of ours uses it, for it cannot sample from noise: see `linear`."""
+    """Eq. 5 as printed. No model uses it, since x_1 is not noise under it: see `linear`."""
     sigma_sq = (0.02 - 0.0001) * t + 0.0001
     return xp.log1p(-sigma_sq) - xp.log(sigma_sq)  # Eq. 3
 
@@ -272,7 +268,7 @@ SCHEDULES = {"cosine": cosine, "linear": linear, "linear_eq5": linear_eq5}
 
 
 def alpha_sigma(logsnr_t):
-    """Eq. 3, solved for alpha_t and sigma_t. numerics: by sigmoids, never sqrt(1 - sigma^2)."""
+    """Eq. 3, solved for both. numerics: sqrt(1 - sigma_t^2) would lose a small alpha_t."""
     return jnp.sqrt(jax.nn.sigmoid(logsnr_t)), jnp.sqrt(jax.nn.sigmoid(-logsnr_t))
 
 
@@ -307,23 +303,21 @@ class Batch(NamedTuple):
 
 
 def diffusion_loss(params, model: Model, key, batch: Batch):
-    """Eq. 1 for each clip of a batch: the weighted loss, and the time t it was taken at, both (B,).
-
-    The mean of the first is what is minimised.
-    """
+    """Eq. 1 of each clip, whose mean training minimises, and the clip's time t. Both (B,)."""
     key_t, key_eps, key_augment, key_occlude = jax.random.split(key, 4)
-    x, condition = training_inputs(model, key_augment, batch)  # Sec. 3.3; x (B, T, C)
+    x, condition = training_inputs(model, key_augment, batch)  # Secs. 3.3, 4.1; x (B, T, C)
 
     t = jax.random.uniform(key_t, x.shape[:1])  # (B,) "uniformly sampled during training"
     eps = jax.random.normal(key_eps, x.shape)  # (B, T, C)
     logsnr_t = SCHEDULES[model.training.noise_schedule](t)
     x_t = diffuse(x, eps, logsnr_t)  # Eq. 2
 
-    text_on = jax.random.bernoulli(key_occlude, 1 - model.training.occlusion, t.shape)  # Sec. 4.1
+    # Sec. 4.1: "we occlude the text prompts for 10% of the samples".
+    text_on = jax.random.bernoulli(key_occlude, 1 - model.training.occlusion, t.shape)  # (B,)
     eps_hat = unet(params, model.unet, x_t, t, condition, text_on)
 
     loss_weight = LOSS_WEIGHTS[model.training.loss_weight](logsnr_t)
-    # Eq. 1. choice: the mean, not the sum, over elements; those that only pad the clip count too.
+    # Eq. 1. choice: the mean over elements, not the sum; the padding of a clip counts too.
     return loss_weight * jnp.mean((eps_hat - eps) ** 2, axis=(1, 2)), t
 
 
@@ -331,26 +325,26 @@ def diffusion_loss(params, model: Model, key, batch: Batch):
 
 
 def guided_eps(params, model: Model, x_t, t, condition: Condition):
-    """w eps(x_t, c) + (1 - w) eps(x_t, .), w the CFG scale of Table 3. x_t (B, T, C), t a scalar.
+    """Sec. 3.1: w eps(x_t, c) + (1 - w) eps(x_t, .), w of Table 3. x_t (B, T, C), t a scalar.
 
-    One call on a doubled batch. w = 1, and None for the models without text, are the conditional
-    prediction alone. In bfloat16 an error of the network counts about w times.
+    Without text (w is None), and for w = 1, it is the conditional prediction. The text alone is
+    hidden, not the audio. numerics: one call on a doubled batch, the two rows of a clip adjacent.
     """
     b, w = x_t.shape[0], model.inference.cfg_scale
     if w in (None, 1) or not uses_text(model):
         return unet(params, model.unet, x_t, jnp.full(b, t), condition, jnp.ones(b))
     x_t, condition = jax.tree.map(lambda a: jnp.repeat(a, 2, axis=0), (x_t, condition))  # (2B,...)
-    text_on = jnp.tile(jnp.array([1.0, 0.0]), b)  # the text alone is hidden, not the audio
+    text_on = jnp.tile(jnp.array([1.0, 0.0]), b)  # (2B,): with text, without, with, ...
     eps = unet(params, model.unet, x_t, jnp.full(2 * b, t), condition, text_on)
     return w * eps[::2] + (1 - w) * eps[1::2]
 
 
 def dynamic_clip(x0_hat, q=0.995):
-    """Dynamic thresholding (Saharia et al., 2022b): clip at the percentile s of |x0_hat|, over s.
+    """Sec. 3.1, Saharia et al. (2022b): x0_hat is clipped to [-s, s] and divided by s. (B, T, C).
 
-    s is of each clip, and never below 1, the range of audio and log-mel. x0_hat (B, T, C).
-    choice: 99.5 %, as there; and for the two models without guidance too, though Sec. 3.1 wants it
-    "to avoid over-saturation due to CFG": Eq. 4 needs an x0_hat in range.
+    s is a percentile of |x0_hat| in each clip, and at least 1, the range of audio and log-mel.
+    choice: the 99.5th. choice: Sec. 3.1 clips "due to CFG"; we clip the two models without CFG too,
+    since Eq. 4 needs an x0_hat in range.
     """
     s = percentile(jnp.abs(x0_hat).reshape(x0_hat.shape[0], -1), q)
     s = jnp.maximum(s, 1.0)[:, None, None]  # (B, 1, 1)
@@ -379,8 +373,8 @@ def percentile(a, q):
 def denoising_times(deltas, steps: int | None = None) -> np.ndarray:
     """Sec. 4.2.1: t_n = sum of the first n step sizes, t_0 = 0 < ... < t_N = 1. float64 (N + 1,).
 
-    `steps` resamples it to another N, where Fig. 3 scales the step sizes "inverse-proportionally".
-    choice: by linear interpolation of the curve, since segments of 15 and 5 steps do not halve.
+    `steps` resamples it to another N; Sec. 4.6 scales the step sizes "inverse-proportionally".
+    choice: the curve is interpolated linearly, since segments of 15 and 5 steps do not halve.
     """
     times = np.concatenate([[0.0], np.cumsum(deltas)])
     times /= times[-1]  # numerics: pins t_N = 1
@@ -390,7 +384,7 @@ def denoising_times(deltas, steps: int | None = None) -> np.ndarray:
 
 
 class Update(NamedTuple):
-    """The coefficients of Eq. 4 from t to s; arrays (N,) in the order of sampling, t = 1 first."""
+    """The coefficients of N updates from t to s (Eq. 4): arrays (N,), that of t = 1 first."""
 
     t: np.ndarray
     alpha_t: np.ndarray
@@ -401,24 +395,24 @@ class Update(NamedTuple):
 
 
 def ddpm_updates(schedule: Callable, times: np.ndarray, gamma: float) -> Update:
-    """Eq. 4 for all steps of `times` (N + 1,), in float64, then float32.
+    """The N updates of Eq. 4 between `times` (N + 1,), computed in float64.
 
-    With x0_hat = (x_t - sigma_t eps) / alpha_t, the first two terms of Eq. 4 are, exactly,
+    numerics: with x0_hat = (x_t - sigma_t eps) / alpha_t, the first two terms of Eq. 4 equal
         (1 - c) (alpha_s / alpha_t) x_t + c alpha_s x0_hat,  c = 1 - e^(logsnr_t - logsnr_s).
-    numerics: this is where x0_hat can be clipped; at t = 1 of the cosine schedule the printed form
-    multiplies an error in eps by 347.
+    In this form x0_hat can be clipped. Unclipped, the waveform generator's first update multiplies
+    an error in eps by 347. gamma = 0 is not DDIM: the noise of sigma_tilde remains.
     """
     logsnr = schedule(np.asarray(times, np.float64), np)
-    alpha = np.exp(-np.logaddexp(0, -logsnr) / 2)  # Eq. 3 by sigmoids
+    alpha = np.exp(-np.logaddexp(0, -logsnr) / 2)  # `alpha_sigma` in float64
     sigma = np.exp(-np.logaddexp(0, logsnr) / 2)
-    t, s = slice(None, 0, -1), slice(-2, None, -1)  # from t_N down to t_1, and each one's s
+    t, s = slice(None, 0, -1), slice(-2, None, -1)  # t_N..t_1, and their s: t_{N-1}..t_0
     c = -np.expm1(logsnr[t] - logsnr[s])
     sigma_t_given_s = np.sqrt(c) * sigma[t]  # Eq. 3
     sigma_tilde = np.sqrt(c) * sigma[s]  # Eq. 3
     keep = (1 - c) * alpha[s] / alpha[t]
     toward = c * alpha[s]
     noise = sigma_tilde ** (1 - gamma) * sigma_t_given_s**gamma
-    keep[-1], toward[-1], noise[-1] = 0, 1, 0  # choice: the last step is x0_hat, without noise
+    keep[-1], toward[-1], noise[-1] = 0, 1, 0  # departs: no noise at t = 0: x0_hat
     return Update(*(np.float32(a) for a in (times[t], alpha[t], sigma[t], keep, toward, noise)))
 
 
@@ -426,17 +420,16 @@ SAMPLERS = {"ddpm": ddpm_updates}
 
 
 def clip_noise(keys, n, shape):
-    """The n-th noise of each clip, N(0, I): (B, *shape) from keys (B,), whatever its neighbours."""
+    """The n-th noise of each clip, N(0, I), (B, *shape): keys (B,) make clips independent."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape))(keys)
 
 
 def ancestral_scan(eps_fn: Callable, x_t, keys, n, updates: Update):
-    """Eq. 4, len(updates.t) times. eps_fn(x_t, t) -> eps; x_t (B, T, C); n numbers the first."""
+    """Eq. 4 for each of `updates`, numbered n, n + 1, ... eps_fn(x_t, t) -> eps; x_t (B, T, C)."""
 
     def step(x_t, n_and_update):
         n, u = n_and_update
-        x0_hat = (x_t - u.sigma_t * eps_fn(x_t, u.t)) / u.alpha_t  # Eq. 2, solved for x
-        x0_hat = dynamic_clip(x0_hat)
+        x0_hat = dynamic_clip((x_t - u.sigma_t * eps_fn(x_t, u.t)) / u.alpha_t)  # Eq. 2 for x
         noise = clip_noise(keys, n, x_t.shape[1:])
         return u.keep * x_t + u.toward * x0_hat + u.noise * noise, None  # Eq. 4: x_s
 
@@ -450,17 +443,16 @@ def _sample_chunk(params, model, x_t, condition, keys, n, updates):
 
 
 def sample(params, model: Model, condition: Condition, keys, length: int, progress=None):
-    """A batch of clips by `model.inference` (Table 3): (B, length, C) float32, about [-1, 1].
+    """Clips (B, length, C) in [-1, 1], by `model.inference` (Table 3). keys (B,), one a clip.
 
-    keys (B,), one a clip. `length`, and the lengths in `condition`, are multiples of prod(strides).
-    `progress(done, N)` is called between chunks of the scan.
+    `length` is a multiple of prod(strides). progress(done, N) is called after each chunk of steps.
     """
     inference = model.inference
     times = denoising_times(step_schedules(model)[inference.step_schedule], inference.steps)
     schedule = SCHEDULES[model.training.noise_schedule]
     updates = SAMPLERS[inference.sampler](schedule, times, inference.gamma)
     N = len(updates.t)
-    chunk = max(k for k in range(1, 51) if N % k == 0)  # equal ones, so that one program serves all
+    chunk = max(k for k in range(1, 51) if N % k == 0)  # equal ones: compiled once
     x_t = clip_noise(keys, 0, (length, model.unet.out_channels))  # x_1 ~ N(0, I)
     for n in range(0, N, chunk):
         part = Update(*(a[n : n + chunk] for a in updates))

@@ -465,13 +465,14 @@ def sample(params, model: Model, condition: Condition, keys, length: int, progre
 
 # ---- Parameters and layers ----
 # Each parameter is declared once, beside the layer that uses it: shape, logical axes (the rows of
-# SHARDING), initialiser. A layer takes (B, ..., T, C) and works on the last two axes.
+# SHARDING), initialiser. Read (B, ..., T, C) as (B, T, C): only on a TPU is there an axis between,
+# where clips are cut into pieces (`on_a_tpu_in_pieces`).
 
 
 class Param(NamedTuple):
     shape: tuple[int, ...]
     axes: tuple[str, ...]  # keys of SHARDING
-    init: Callable  # of standard normal noise of that shape
+    init: Callable  # standard normal noise of that shape -> initial value
 
 
 def _fan_in(noise):  # choice: normal of variance 1 / fan-in
@@ -496,12 +497,12 @@ def conv_spec(taps, c_in, c_out, axes, init=_fan_in):
 
 
 def conv1d(p, x, left=None):
-    """1D convolution, (B, T, C_in) -> (B, T, C_out): `left` zeros before, taps - 1 - left after."""
+    """1D convolution, (B, T, C_in) -> (B, T, C_out), with `left` of its taps - 1 zeros in front."""
     taps = p["w"].shape[0]
     left = (taps - 1) // 2 if left is None else left
     padding = (left, taps - 1 - left)
     if x.ndim > 3 or x.shape[1] < taps:
-        return unusual_conv1d(p, x, padding)  # numerics: the same, for TPUs and for short clips
+        return unusual_conv1d(p, x, padding)  # numerics: for clips in pieces, and for short ones
     axes = ("NWC", "WIO", "NWC")
     return lax.conv_general_dilated(x, p["w"], (1,), [padding], dimension_numbers=axes) + p["b"]
 
@@ -511,25 +512,25 @@ def norm_spec(c, axis="channels"):
     return {"scale": Param((c,), (axis,), ones), "bias": Param((c,), (axis,), zeros)}
 
 
-def group_norm(p, x, groups):
-    """Group normalisation, over time and the channels of each group, (B, ..., T, C) of any type.
+def per_clip(v, x):
+    """v, (B,) or (B, C), shaped to broadcast against x (B, ..., T, C)."""
+    return v.reshape(v.shape[0], *[1] * (x.ndim - 2), -1)
 
-    numerics: moments over time first, then over each group, then one multiply-add: several times
-    faster on a CPU than a reshape to groups. All of it in float32, as the mean can be many
-    deviations; below some hundred, E[x^2] - E[x]^2 is good enough.
+
+def group_norm(p, x, groups):
+    """Normalises each clip over time and the channels of a group. x (B, ..., T, C) of any type.
+
+    choice: over all of T, which is 30 s in sampling, for the snippet models too. numerics: moments
+    over time, then over groups, then one multiply-add are several times faster on a CPU than a
+    reshape to groups. It is done in float32, since a mean can be many deviations from 0.
     """
-    c, f, time = x.shape[-1], x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
-    moments = jnp.mean(f, time), jnp.mean(jnp.square(f), time)  # each (B, C)
+    c, x32, time_axes = x.shape[-1], x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
+    moments = jnp.mean(x32, time_axes), jnp.mean(jnp.square(x32), time_axes)  # each (B, C)
     moments = [m.reshape(-1, groups, c // groups).mean(2) for m in moments]  # (B, groups)
     mean, mean_sq = [jnp.repeat(m, c // groups, axis=1) for m in moments]  # (B, C)
     scale = p["scale"] * lax.rsqrt(jnp.maximum(mean_sq - mean**2, 0) + 1e-5)
     bias = p["bias"] - mean * scale
-    return (f * per_clip(scale, x) + per_clip(bias, x)).astype(x.dtype)
-
-
-def per_clip(v, x):
-    """v (B,) or (B, C) with axes of 1 between, so that it meets x (B, ..., T, C)."""
-    return v.reshape(v.shape[0], *[1] * (x.ndim - 2), -1)
+    return (x32 * per_clip(scale, x) + per_clip(bias, x)).astype(x.dtype)
 
 
 # ---- The block (Fig. 5) ----
@@ -538,11 +539,11 @@ def per_clip(v, x):
 def combine_embedding(p, x, time):
     """Sec. 3.2: "a single vector is used to produce a channel-wise scaling and bias"."""
     scale, bias = jnp.split(linear_layer(p, time), 2, axis=-1)  # (B, C_0) -> twice (B, C)
-    return x * (1 + per_clip(scale, x)) + per_clip(bias, x)  # choice: 1 +, so zeros change nothing
+    return x * (1 + per_clip(scale, x)) + per_clip(bias, x)  # choice: 1 +, so that zeros change nothing
 
 
 def attention_spec(cfg: UNetConfig, c, c_kv):
-    hk = cfg.attention_heads * cfg.head_width
+    hk = cfg.attention_heads * cfg.head_width  # H K
     return {
         "norm": norm_spec(c),
         "q": linear_spec(c, hk, ("channels", "heads")),
@@ -560,7 +561,7 @@ def attention_spec(cfg: UNetConfig, c, c_kv):
 def attention(p, cfg: UNetConfig, x, kv=None, mask=None):
     """Multi-head attention of x (B, T, C) on kv (B, L, E), or on itself. choice: no positions."""
     h = group_norm(p["norm"], x, cfg.groups)  # choice: normalised before attention and feed-forward
-    h = h.reshape(h.shape[0], -1, h.shape[-1])  # (B, T, C)
+    h = h.reshape(h.shape[0], -1, h.shape[-1])  # (B, T, C): pieces joined
     kv = h if kv is None else kv
     heads = lambda y: y.reshape(*y.shape[:2], cfg.attention_heads, cfg.head_width)  # (B, T, H, K)
     q, k, v = heads(linear_layer(p["q"], h)), *(heads(linear_layer(p[n], kv)) for n in ("k", "v"))
@@ -576,10 +577,7 @@ def feed_forward(p, cfg: UNetConfig, x):
 
 
 def block_spec(cfg: UNetConfig, c, self_attention: bool, cross_attention: bool):
-    """Fig. 5, top to bottom.
-
-    choice: branches end in zeros and the skip starts as the identity, so a new block is x -> x.
-    """
+    """Fig. 5. choice: branches end in zeros, the skip is the identity: a new block is x -> x."""
     k = cfg.kernel_size
     spec = {
         "combine": linear_spec(cfg.base_dimension, 2 * c, ("whole", "channels"), jnp.zeros_like),
@@ -597,7 +595,7 @@ def block_spec(cfg: UNetConfig, c, self_attention: bool, cross_attention: bool):
 
 
 def block(p, cfg: UNetConfig, x, time, text, text_mask, text_on):
-    """Fig. 5, (B, T, C) -> (B, T, C). time (B, C_0), text (B, L, E) and its mask, text_on (B,)."""
+    """Fig. 5. x (B, T, C), time (B, C_0), text (B, L, E) and its mask; text_on (B,): 0 occludes."""
     x = combine_embedding(p["combine"], x, time)
 
     h = conv1d(p["conv1"], jax.nn.silu(group_norm(p["norm1"], x, cfg.groups)))
@@ -610,7 +608,7 @@ def block(p, cfg: UNetConfig, x, time, text, text_mask, text_on):
 
     if "cross_attention" in p:
         # Sec. 4.1: for occluded prompts "the output of the cross attention layers are set to zero".
-        # choice: what is added to x, so that the feed-forward after it stays.
+        # choice: that output is what attention adds to x; the feed-forward after it stays.
         x = x + per_clip(text_on, x) * attention(p["cross_attention"], cfg, x, text, text_mask)
         x = x + feed_forward(p["cross_attention"]["feed_forward"], cfg, x)
     return x
@@ -620,29 +618,29 @@ def block(p, cfg: UNetConfig, x, time, text, text_mask, text_on):
 
 
 def downsample(p, x, stride):
-    """Convolution of stride S and kernel 2 S, (B, T, C_{I-1}) -> (B, T / S, C_I).
+    """App. B.1: convolution of stride S, (B, T, C_{I-1}) -> (B, T / S, C_I).
 
-    choice: the kernel, by Table 2's counts. numerics: S frames folded into the channels, then two
-    taps. `upsample` is the same idea backwards: padded on the other side, each is the other's
-    adjoint, and nothing drifts in time.
+    choice: a kernel of 2 S, by Table 2's counts. numerics: S frames are folded into the channels,
+    then convolved with two taps. `upsample` does the reverse, and pads on the other side: each is
+    the other's adjoint, so nothing drifts in time.
     """
     *batch, t, c = x.shape
     return conv1d(p, x.reshape(*batch, t // stride, stride * c), left=0)
 
 
 def upsample(p, x, stride):
-    """Transposed convolution of stride S and kernel 2 S, (B, T, C_I) -> (B, T S, C_{I-1}).
+    """App. B.1: transposed convolution of stride S, (B, T, C_I) -> (B, T S, C_{I-1}).
 
-    choice: a bias for each of the S phases of the output, which is what the two-tap form has.
+    choice: a kernel of 2 S, and a bias for each of the S phases of the output.
     """
     *batch, t, _ = x.shape
     return conv1d(p, x, left=1).reshape(*batch, t * stride, -1)
 
 
 def time_embedding(t, width):
-    """App. B.1: the float t as a vector "via positional embedding". (B,) -> (B, width).
+    """App. B.1: "converting the float into a vector via positional embedding". (B,) -> (B, width).
 
-    choice: sines and cosines of 1000 t at width / 2 frequencies from 1 to 1e-4, in float32.
+    choice: sines and cosines of 1000 t at width / 2 frequencies from 1 to 1e-4.
     """
     frequencies = jnp.exp(-math.log(1e4) * jnp.arange(width // 2) / (width // 2 - 1))
     angles = 1000 * t[:, None] * frequencies  # (B, width / 2)
@@ -650,7 +648,7 @@ def time_embedding(t, width):
 
 
 def unet_spec(cfg: UNetConfig):
-    """Fig. 1: the tree of all parameters of a U-Net, named after its boxes."""
+    """The parameters of Fig. 1, a tree named after its boxes."""
     widths = [cfg.base_dimension * c for c in (1, *cfg.channels)]  # C_0, C_1, ..., C_D
     depths = list(zip(cfg.strides, cfg.blocks, cfg.self_attention, cfg.cross_attention, widths,
                       widths[1:]))
@@ -672,16 +670,15 @@ def unet_spec(cfg: UNetConfig):
 def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on):
     """Fig. 1: the noise in x_t, (B, T, C) -> (B, T, C) float32. T is a multiple of prod(strides).
 
-    t (B,) diffusion times; text_on (B,) is 0 where the prompt is occluded. `cfg.dtype` is what it
-    computes in, and float32 then means what the hardware means by it: a TPU or a GPU rounds the
-    factors of a product to fewer bits, unless jax.default_matmul_precision("highest") asks for all.
+    t (B,); text_on (B,) is 0 where the prompt is occluded. Where cfg.dtype is float32, a TPU or a
+    GPU still rounds the factors of a product, unless jax.default_matmul_precision says "highest".
     """
     time = linear_layer(params["time"], time_embedding(t, cfg.base_dimension))  # (B, C_0), float32
-    cast = lambda a: a if a.dtype == bool else a.astype(cfg.dtype)  # all but the mask
+    cast = lambda a: a if a.dtype == bool else a.astype(cfg.dtype)
     inputs = params, x_t, condition, time, text_on
     params, x_t, (low_fi, aligned, text, text_mask), time, text_on = jax.tree.map(cast, inputs)
-    run = partial(block, cfg=cfg, time=time, text=text, text_mask=text_mask, text_on=text_on)
-    run = jax.checkpoint(run) if cfg.remat else run
+    fig5 = partial(block, cfg=cfg, time=time, text=text, text_mask=text_mask, text_on=text_on)
+    fig5 = jax.checkpoint(fig5) if cfg.remat else fig5
 
     stacked = x_t if low_fi is None else jnp.concatenate([x_t, low_fi], axis=-1)  # Sec. 3.3.1
     h = conv1d(params["entry"], stacked)  # (B, T, C_0)
@@ -689,7 +686,7 @@ def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on):
     for p, stride in zip(params["down"], cfg.strides):
         h = downsample(p["resample"], h, stride)  # (B, T_{I-1}, C_{I-1}) -> (B, T_I, C_I)
         for p_block in p["blocks"]:
-            h = run(p_block, x=h)
+            h = fig5(p_block, x=h)
         skips.append(h)
 
     h = skips.pop()  # the bottom of the U: (B, T / prod(strides), C_D)
@@ -698,12 +695,11 @@ def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on):
 
     for p, stride in zip(reversed(params["up"]), reversed(cfg.strides)):
         h = upsample(p["resample"], h, stride)  # (B, T_I, C_I) -> (B, T_{I-1}, C_{I-1})
-        # departs: Fig. 1 draws the blocks before the up-sampling layer, as in the Efficient U-Net.
-        # Sec. 3.2 has them after it; Table 2's counts agree with that to 2.2 %, with the drawing to
-        # no better than 8.2 %.
+        # departs: Fig. 1 and the Efficient U-Net have the blocks before the up-sampling layer. Sec.
+        # 3.2 has them after; Table 2's counts agree with it to 2.2 %, with Fig. 1 to 8.2 % at best.
         for p_block in p["blocks"]:
-            h = run(p_block, x=h)
-        # Fig. 1: added, never concatenated. choice: unscaled; the Efficient U-Net has 1 / sqrt(2).
+            h = fig5(p_block, x=h)
+        # Fig. 1: added, not concatenated. choice: unscaled; the Efficient U-Net has 1 / sqrt(2).
         h = h + skips.pop()
     return conv1d(params["exit"], h).astype(jnp.float32)  # (B, T, C_0) -> (B, T, C)
 
@@ -714,10 +710,10 @@ def is_param(node):
 
 @partial(jax.jit, static_argnames="cfg")
 def init_params(key, cfg: UNetConfig):
-    """Fresh parameters, nested dicts of float32 arrays shaped as `unet_spec(cfg)`."""
+    """Initial parameters, the tree of `unet_spec(cfg)` with a float32 array for each Param."""
     leaves, tree = jax.tree.flatten(unet_spec(cfg), is_leaf=is_param)
     ends = np.cumsum([math.prod(p.shape) for p in leaves])
-    noise = jax.random.normal(key, ends[-1:])  # one draw for all: it compiles in a moment
+    noise = jax.random.normal(key, ends[-1:])  # numerics: one draw for all compiles faster
     noise = [z.reshape(p.shape) for p, z in zip(leaves, jnp.split(noise, ends[:-1]))]
     return jax.tree.unflatten(tree, [p.init(z) for p, z in zip(leaves, noise)])
 
@@ -727,7 +723,7 @@ def size_of(spec) -> int:
 
 
 def param_count(model: Model | str) -> int:
-    """Parameters of a model, or of a name in MODELS, without allocating any (Table 2)."""
+    """Table 2's "# Params" of a Model, or of a name in MODELS."""
     return size_of(unet_spec((MODELS[model] if isinstance(model, str) else model).unet))
 
 
@@ -735,14 +731,11 @@ def param_count(model: Model | str) -> int:
 
 
 def fft_resample(x, length: int, xp=jnp):
-    """Sec. 3.3.1: x (B, T) -> (B, length), by cropping or zero-padding its Fourier coefficients.
-
-    Exact for signals below both Nyquist frequencies; periodic, like the transform, at the ends.
-    """
+    """Sec. 3.3.1: (B, T) -> (B, length), by cropping or zero-padding the Fourier coefficients."""
     T = x.shape[-1]
     n = min(T, length)
     X = own_clips(xp.fft.rfft, x)[..., : n // 2 + 1]
-    if n % 2 == 0 and T != length:  # the shorter one's Nyquist bin stands for two of the longer's
+    if n % 2 == 0 and T != length:  # the shorter signal's Nyquist bin is two bins of the longer
         X = X * xp.where(xp.arange(n // 2 + 1) == n // 2, 2.0 if length < T else 0.5, 1.0)
     return (own_clips(partial(xp.fft.irfft, n=length), X) * (length / T)).astype(x.dtype)
 
@@ -761,13 +754,13 @@ def mel_filters() -> np.ndarray:
 
 
 def mel_window() -> np.ndarray:
-    """The Hann window, padded to (1024,), by which a full-scale sine has magnitude 1."""
+    """The Hann window, padded to (1024,), scaled so that a full-scale sine has magnitude 1."""
     window = np.hanning(MEL_WINDOW + 1)[:-1]
     return np.pad(2 * window / window.sum(), (MEL_FFT - MEL_WINDOW) // 2).astype(np.float32)
 
 
 def stft(audio):
-    """(B, T) at 16 kHz -> complex (B, T / 160, 513); frame k is centred on its own 160 samples."""
+    """(B, T) at 16 kHz -> complex (B, T / 160, 513). Frame k is centred on its 160 samples."""
     pad = (MEL_FFT - HOP) // 2
     starts = np.arange(audio.shape[-1] // HOP) * HOP
     frames = jnp.pad(audio, [(0, 0), (pad, pad)])[:, starts[:, None] + np.arange(MEL_FFT)]
@@ -777,9 +770,8 @@ def stft(audio):
 def log_mel(audio):
     """Sec. 3.3.2: log-mel "normalized to lie within [-1, 1]". (B, T) at 16 kHz -> (B, T / 160, 80).
 
-    choice: the mel magnitude in dB, from -90 (and all below, so silence) at -1 to +10 at 1: one
-    fixed map, never per clip. A full-scale sine has 0 dB in the STFT; summed over the bins of a
-    filter, 1.8 to 9.9 dB here.
+    choice: the mel magnitude in dB, with -90 and all below at -1, and +10 at 1, the same map for
+    every clip. A full-scale sine, summed over the bins of a filter, has 1.8 to 9.9 dB.
     """
     mel = jnp.matmul(jnp.abs(stft(audio)), mel_filters(), precision="highest")
     decibel = 20 * jnp.log10(jnp.maximum(mel, 1e-9))
@@ -792,7 +784,7 @@ def log_mel(audio):
 def noise_augment(key, x, t_max, schedule):
     """Sec. 4.1: noise of "a random diffusion time [...] chosen within [0, t_max]". x (B, T, C).
 
-    choice: under the model's own schedule; the network is not told (Fig. 1 has no entry for it).
+    choice: by the model's own schedule; the network is not told t, as Fig. 1 has no entry for it.
     """
     key_t, key_eps = jax.random.split(key)
     t = jax.random.uniform(key_t, x.shape[:1], maxval=t_max)  # (B,)
@@ -800,10 +792,10 @@ def noise_augment(key, x, t_max, schedule):
 
 
 def gaussian_blur(x, std, taps, axis):
-    """Sec. 4.1: blur x (B, T, C) along an axis by a Gaussian of std (B,), in elements.
+    """Sec. 4.1: Gaussian blur of x (B, T, C) along an axis, of std (B,) in elements.
 
-    choice: an even number of taps has no centre; 10 of them are at -5..4, so that a small std is
-    the identity, and a large one delays by up to a third of an element. choice: edges are repeated.
+    choice: 10 taps, which have no centre, are at -5..4. So a small std is the identity, and a large
+    one shifts x by up to a third of an element. choice: the edges are repeated.
     """
     offsets = np.arange(taps) - taps // 2
     kernel = jax.nn.softmax(-(offsets**2) / (2 * std[:, None] ** 2))  # (B, taps), sums to 1
@@ -815,43 +807,42 @@ def gaussian_blur(x, std, taps, axis):
 
 
 def augment(model: Model, key, x, blur_axes):
-    """Sec. 4.1: blur, then noise (choice: in this order), on a conditioning input. x (B, T, C)."""
+    """Sec. 4.1: blur and noise on a conditioning input x (B, T, C). choice: blur first."""
     key_blur, key_noise = jax.random.split(key)
     training = model.training
     if training.blur_taps:
         low, high = training.blur_std
         std = jax.random.uniform(key_blur, x.shape[:1], minval=low, maxval=high)  # (B,)
-        for axis in blur_axes:  # a 2D Gaussian is a 1D one along each axis; choice: of one std
+        for axis in blur_axes:  # a 2D Gaussian is two 1D ones. choice: with the same std
             x = gaussian_blur(x, std, training.blur_taps, axis)
     return noise_augment(key_noise, x, training.t_max, SCHEDULES[training.noise_schedule])
 
 
 def pad_to(x, length, value):
-    """`value` appended along axis 1 up to `length`: 0 to audio, -1 to log-mel, both silence."""
+    """x (B, T, C) padded to `length` with silence: `value` is 0 for audio, -1 for log-mel."""
     return jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0)], constant_values=value)
 
 
 def padded_length(cfg: UNetConfig, length: int) -> int:
     """`length` rounded up to a multiple of prod(strides).
 
-    departs: T_I = T_{I-1} / S_I (App. B.1) asks for whole numbers, and 30 s gives them to the
-    vocoder alone; 30.72 s to all five.
+    departs: in T_I = T_{I-1} / S_I (App. B.1), 30 s gives whole numbers for the vocoder alone.
     """
     multiple = math.prod(cfg.strides)
     return -(-length // multiple) * multiple
 
 
 def training_inputs(model: Model, key, batch: Batch):
-    """Sec. 3.3: what the network learns from a batch: x (B, T, C), and the condition it comes with.
+    """Sec. 3.3: x (B, T, C), and the condition it comes with.
 
-    choice: low-fidelity audio is made of the snippet, not of the clip that it is cut from: what the
-    FFT takes for a period is then the whole input, as in sampling.
+    choice: low-fidelity audio is made of the snippet, not of the clip that it is cut from. So the
+    FFT takes the whole input for a period, as in sampling.
     """
     audio, condition = batch
     samples = audio.shape[1]
     x = log_mel(audio) if writes_log_mel(model) else audio[:, :, None]  # (B, T, C)
     T = padded_length(model.unet, x.shape[1])
-    if model.low_rate:  # Secs. 3.3.1, 3.3.3: down to the lower rate, and up-sampled again
+    if model.low_rate:  # Secs. 3.3.1, 3.3.3: the clip at the lower rate, up-sampled
         low = fft_resample(audio, samples * model.low_rate // model.rate)
         low_fi = augment(model, key, fft_resample(low, samples)[:, :, None], blur_axes=(1,))
         condition = condition._replace(low_fi=pad_to(low_fi, T, 0))  # (B, T, 1)
@@ -865,9 +856,10 @@ def training_inputs(model: Model, key, batch: Batch):
 
 
 def sampling_condition(model: Model, given: Condition, previous, seconds: float) -> Condition:
-    """`given`, with the output of the stage before, (B, T') audio or (B, F, 80) log-mel, beside it.
+    """Sec. 3.3: `given`, with `previous`, the output of the stage before, as low_fi or aligned.
 
-    Padded as in training, and clean: sampling corrupts nothing.
+    previous is audio (B, samples) or log-mel (B, frames, 80). It is padded as in training, but not
+    augmented: Sec. 4.1 augments "at training time".
     """
     T = padded_length(model.unet, round(seconds * model.rate))
     if model.low_rate:
@@ -885,12 +877,10 @@ def generate(prompts, weights, encode, route="waveform", seconds=30.0, seed=0, f
     prompts      B strings, one a clip
     weights      {name of a model: (Model, params)}, with the inference parameters of the Model
     encode       (prompts, Model) -> Condition with their embeddings and mask (Sec. 3.4)
-    first_clip   clip i of a seed is the same whatever else is generated beside it: this batch is
-                 clips first_clip + 0..B-1
-    superres     whether the super-resolution cascader makes 24 kHz of it; Sec. 4.3.1 stops before
+    first_clip   the number of the first prompt's clip; clip i of a seed does not depend on others
+    superres     False stops at 16 kHz, as in Sec. 4.3.1
     progress     called as progress(name, done, N)
-    Returns {name: output}: audio (B, seconds * rate), or log-mel (B, seconds * 100, 80), of every
-    stage in order.
+    Returns {name: its output}: audio (B, seconds * rate), or log-mel (B, seconds * 100, 80).
     """
     outputs, previous = {}, None
     for stage, name in enumerate(ROUTES[route]):
@@ -904,7 +894,7 @@ def generate(prompts, weights, encode, route="waveform", seconds=30.0, seed=0, f
         keys = jax.vmap(partial(jax.random.fold_in, stage_key))(clips)  # (B,)
         length = round(seconds * model.rate)
         if writes_log_mel(model):
-            length = -(-round(seconds * MEL_RATE) // HOP)  # as many frames as cover the audio
+            length = -(-round(seconds * MEL_RATE) // HOP)  # frames that cover the audio
         report = progress and partial(progress, name)
         x = sample(params, model, condition, keys, padded_length(model.unet, length), report)
         x = x[:, :length]  # (B, T, C)
@@ -913,16 +903,15 @@ def generate(prompts, weights, encode, route="waveform", seconds=30.0, seed=0, f
 
 
 # ---- Pseudo-labels (Sec. 3.5) ----
-# The paper's joint embedding, MuLan, is not public: here are arrays that the user brings.
+# MuLan, the paper's joint embedding, is not public: the user brings embeddings, as arrays.
 
 CAPTION_BLOCK = 4_096  # captions compared at a time
 
 
 def windows(audio) -> np.ndarray:
-    """Sec. 3.5: "non-overlapping 10-second windows", (samples,) at 16 kHz -> (W, 160_000).
+    """Sec. 3.5: "non-overlapping 10-second windows", (samples,) at 16 kHz -> (windows, 160_000).
 
-    choice: a rest of 5 s or more, like a clip under 10 s, is filled up with silence; a shorter rest
-    is left out.
+    choice: silence completes a rest of 5 s or more, and a clip under 10 s; a shorter rest is cut.
     """
     size = 10 * MEL_RATE
     n = max(1, (len(audio) + size // 2) // size)
@@ -930,7 +919,7 @@ def windows(audio) -> np.ndarray:
 
 
 def unit(x, xp=jnp):
-    """x (..., E) divided by its length, so that a product is a cosine. numerics: 0 stays 0."""
+    """x (..., E) divided by its norm, so that a product is a cosine. numerics: 0 stays 0."""
     return x / xp.maximum(xp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
 
 
@@ -952,27 +941,26 @@ def _merge_top(best, index, clips, captions, start, end):
 def top_captions(captions, clips, k: int = 10) -> np.ndarray:
     """Sec. 3.5: "the top K captions that are closest to the audio in the embedding space".
 
-    By cosine. captions (M, E), read in blocks, so that a np.memmap of any length will do; clips
-    (N, E), each the average of the embeddings of its 10-second windows. Returns indices (N, k),
-    closest first; of equals the first. Memory beside `clips`: some 10 MB, and 20 N k bytes.
+    clips (N, E), each the average over its 10-second windows; captions (M, E). Returns indices
+    (N, k), the highest cosine first; of equals the first. numerics: captions are read in blocks, so
+    that 4 million may lie in a np.memmap.
     """
     assert clips.shape[1] == captions.shape[1] and k <= len(captions)
     clips = jnp.asarray(clips, jnp.float32)
     best, index = jnp.full((len(clips), k), -jnp.inf), jnp.zeros((len(clips), k), jnp.int32)
     for start in range(0, len(captions), CAPTION_BLOCK):
-        block = np.asarray(captions[start : start + CAPTION_BLOCK], np.float32)
-        block = np.pad(block, [(0, CAPTION_BLOCK - len(block)), (0, 0)])  # one shape, one program
-        best, index = _merge_top(best, index, clips, block, start, len(captions))
+        part = np.asarray(captions[start : start + CAPTION_BLOCK], np.float32)
+        part = np.pad(part, [(0, CAPTION_BLOCK - len(part)), (0, 0)])  # one shape: compiled once
+        best, index = _merge_top(best, index, clips, part, start, len(captions))
     return np.asarray(index)
 
 
 def draw_captions(top, k_prime: int, seed) -> np.ndarray:
     """Sec. 3.5: "K' out of the K captions with probabilities inverse to the frequency counts".
 
-    top (N, K) of `top_captions` for all clips of the data set, over which the captions are counted.
-    Returns (N, K'), of each clip's the closest first: a function of the seed, the counts and the
-    number of the clip. choice: without replacement, one after the other. numerics: as a race: of
-    exponential times with the rates 1 / count, the first K' are distributed as K' such draws.
+    top (N, K) of all clips of the data set, from `top_captions`. Returns (N, K'), closest first.
+    choice: drawn one after the other, without replacement. numerics: the K' smallest of exponential
+    times with rates 1 / count are distributed as K' such draws.
     """
     counts = np.bincount(top.ravel())
     times = -np.log1p(-np.random.default_rng(seed).random(top.shape)) * counts[top]  # (N, K)
@@ -993,8 +981,8 @@ class Gaussian(NamedTuple):
 def gaussian(x) -> Gaussian:
     """Sec. 4.3.2: "the distribution of the embeddings from each set are Gaussian". x (N, E), N > 1.
 
-    choice: the covariance over N - 1, as in Kilgour et al. (2018), where the text has "correlation
-    matrix". numerics: in float64, its root by QR of the centred x, so that nothing is squared.
+    departs: the covariance, as in Kilgour et al. (2018), where the text has "correlation matrix".
+    choice: over N - 1. numerics: its root by QR of the centred x, in float64, squares nothing.
     """
     x = np.asarray(x, np.float64)
     r = np.linalg.qr(x - x.mean(axis=0), mode="r")  # (R, E); r.T @ r is N - 1 times the covariance
@@ -1002,10 +990,10 @@ def gaussian(x) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """FAD (Kilgour et al., 2018): |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), >= 0.
+    """FAD (Sec. 4.3.2; Kilgour et al., 2018): |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
     numerics: the trace of the last root is the sum of the singular values of root_a^T root_b. So
-    covariances without full rank, of fewer clips than dimensions, lose no digits.
+    fewer clips than dimensions, whose covariance is singular, cost no digits.
     """
     shared = np.linalg.svd(a.root.T @ b.root, compute_uv=False).sum()
     traces = np.sum(a.root**2) + np.sum(b.root**2)
@@ -1019,7 +1007,7 @@ def similarity(a, b) -> float:
 
 
 def table_6(generated, ground_truth, text=None, seed: int = 0) -> dict:
-    """A part of Table 6 from the embeddings (N, E), N > 1, of pairs: {row: {column: similarity}}.
+    """{row: {column: similarity}} of one data set in Table 6, from paired embeddings (N, E), N > 1.
 
     choice: the shuffle is one random cycle through all clips, so that none is paired with itself.
     """
@@ -1035,10 +1023,10 @@ def table_6(generated, ground_truth, text=None, seed: int = 0) -> dict:
 
 # ---- Sharding (Sec. 4.2.2) ----
 # A mesh of devices has two axes: "data" splits the clips, "model" each matrix of the network.
-# SHARDING says which of the two, if any, every logical axis of an array is laid along; GSPMD (Xu
-# et al., 2021) derives the rest. To shard otherwise, change this table, nothing else.
+# SHARDING says along which of the two each logical axis of an array is split; GSPMD (Xu et al.,
+# 2021) derives the rest. choice: the paper does not say what is split; to change it, change this.
 
-SHARDING = {     # parameters, activations   averages and Adam's moments (Rajbhandari et al., 2020)
+SHARDING = {     # parameters, activations   EMA and Adam's moments (Rajbhandari et al., 2020)
     "batch":     ("data",                    None),
     "channels":  (None,                      "data"),   # between the boxes of Figs. 1 and 5
     "hidden":    ("model",                   "model"),  # within a block, a feed-forward
@@ -1057,9 +1045,9 @@ def make_mesh(model: int = 1, devices=None) -> jax.sharding.Mesh:
 
 
 def partition(mesh, shape, axes, column=0) -> PartitionSpec:
-    """How SHARDING lays out an array. ValueError where an axis does not divide among its devices.
+    """How SHARDING splits an array. ValueError where an axis does not divide among its devices.
 
-    choice: the second column only saves memory, so what does not divide there stays whole.
+    The second column only saves memory, so what does not divide there stays whole.
     """
     spec = [SHARDING[axis][column] for axis in axes]
     for i, (size, axis, over) in enumerate(zip(shape, axes, spec)):
@@ -1074,13 +1062,13 @@ def partition(mesh, shape, axes, column=0) -> PartitionSpec:
 
 
 def shardings(cfg: UNetConfig, mesh, column=0):
-    """The NamedShardings of a U-Net's parameters; column=1: of what only the update reads."""
+    """NamedShardings of a U-Net's parameters or (column=1) of gradients, EMA and moments."""
     place = lambda p: NamedSharding(mesh, partition(mesh, p.shape, p.axes, column))
     return jax.tree.map(place, unet_spec(cfg), is_leaf=is_param)
 
 
 def constrain(x, *axes):
-    """x, laid out as SHARDING says, where `jax.set_mesh` has set one; axes name its first ones."""
+    """x split as SHARDING says, where a mesh is set. `axes` names the first axes of x."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else lax.with_sharding_constraint(x, partition(mesh, x.shape, axes))
 

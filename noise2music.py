@@ -346,25 +346,9 @@ def dynamic_clip(x0_hat, q=0.995):
     choice: the 99.5th. choice: Sec. 3.1 clips "due to CFG"; we clip the two models without CFG too,
     since Eq. 4 needs an x0_hat in range.
     """
-    s = percentile(jnp.abs(x0_hat).reshape(x0_hat.shape[0], -1), q)
+    s = percentile(jnp.abs(x0_hat).reshape(x0_hat.shape[0], -1), q)  # (B,)
     s = jnp.maximum(s, 1.0)[:, None, None]  # (B, 1, 1)
     return jnp.clip(x0_hat, -s, s) / s
-
-
-def percentile(a, q):
-    """The smallest v with a share q of a row at or below it. a (B, N), not negative; v (B,).
-
-    numerics: by bisection, to 2^-32 of the largest; a sort of 30 s costs more than a small network.
-    """
-    rank = math.ceil(q * a.shape[1])
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low + high) / 2
-        enough = jnp.sum(a <= middle[:, None], axis=1) >= rank
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
-
-    return lax.fori_loop(0, 32, halve, (jnp.zeros(a.shape[0]), a.max(axis=1)))[1]
 
 
 # ---- Ancestral sampling (Appendix A, Sec. 4.2.1) ----
@@ -539,7 +523,7 @@ def group_norm(p, x, groups):
 def combine_embedding(p, x, time):
     """Sec. 3.2: "a single vector is used to produce a channel-wise scaling and bias"."""
     scale, bias = jnp.split(linear_layer(p, time), 2, axis=-1)  # (B, C_0) -> twice (B, C)
-    return x * (1 + per_clip(scale, x)) + per_clip(bias, x)  # choice: 1 +, so that zeros change nothing
+    return x * (1 + per_clip(scale, x)) + per_clip(bias, x)  # choice: 1 +; zeros change nothing
 
 
 def attention_spec(cfg: UNetConfig, c, c_kv):
@@ -923,21 +907,6 @@ def unit(x, xp=jnp):
     return x / xp.maximum(xp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
 
 
-@jax.jit
-def _merge_top(best, index, clips, captions, start, end):
-    """The top K so far, cosines and indices (N, K), after captions (M, E) from number start on."""
-    numbers, captions = start + jnp.arange(len(captions)), unit(captions)
-
-    def one_clip(best_index_clip):
-        best, index, clip = best_index_clip
-        cosines = jnp.dot(captions, clip, precision="highest")  # (M,)
-        cosines = jnp.where(numbers < end, cosines, -jnp.inf)  # beyond `end` is padding
-        best, place = lax.top_k(jnp.concatenate([best, cosines]), len(best))  # of equals the first
-        return best, jnp.concatenate([index, numbers])[place]
-
-    return lax.map(one_clip, (best, index, unit(clips)), batch_size=256)
-
-
 def top_captions(captions, clips, k: int = 10) -> np.ndarray:
     """Sec. 3.5: "the top K captions that are closest to the audio in the embedding space".
 
@@ -1093,6 +1062,22 @@ def own_clips(f, x):
     return jax.shard_map(f, in_specs=spec, out_specs=spec)(x)
 
 
+def percentile(a, q):
+    """The smallest v with a share q of a row at or below it. a (B, N), not negative; v (B,).
+
+    numerics: by bisection, to 2^-32 of the largest; a sort of 30 s costs more than a small network.
+    """
+    rank = math.ceil(q * a.shape[1])
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        enough = jnp.sum(a <= middle[:, None], axis=1) >= rank
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    return lax.fori_loop(0, 32, halve, (jnp.zeros(a.shape[0]), a.max(axis=1)))[1]
+
+
 def unusual_conv1d(p, x, padding):
     """`conv1d` where x is shorter than the kernel, (B, T, C), or in pieces, (B, P, T / P, C).
 
@@ -1111,6 +1096,24 @@ def unusual_conv1d(p, x, padding):
     axes = ("NWC", "WIO", "NWC")
     y = lax.conv_general_dilated(folded, p["w"], (1,), "VALID", dimension_numbers=axes)
     return y.reshape(*x.shape[:2], t, -1) + p["b"]  # (B, P, T / P, C_out)
+
+
+@jax.jit
+def _merge_top(best, index, clips, captions, start, end):
+    """One block of `top_captions`: cosines and indices (N, K) of the best so far, updated.
+
+    captions (M, E) are number start, start + 1, ...; from number end on they are padding.
+    """
+    numbers, captions = start + jnp.arange(len(captions)), unit(captions)
+
+    def one_clip(best_index_clip):
+        best, index, clip = best_index_clip
+        cosines = jnp.dot(captions, clip, precision="highest")  # (M,)
+        cosines = jnp.where(numbers < end, cosines, -jnp.inf)
+        best, place = lax.top_k(jnp.concatenate([best, cosines]), len(best))  # of equals the first
+        return best, jnp.concatenate([index, numbers])[place]
+
+    return lax.map(one_clip, (best, index, unit(clips)), batch_size=256)
 
 
 def pieces_of(cfg: UNetConfig, rows: int, length: int) -> int:

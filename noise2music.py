@@ -46,7 +46,6 @@ MEL_RATE = 16_000
 @dataclass(frozen=True)
 class UNetConfig:
     """A column of Table 9; below `# ---`, what the table leaves to the text and the figures."""
-
     base_dimension: int
     kernel_size: int
     depth: int
@@ -70,7 +69,6 @@ class UNetConfig:
 @dataclass(frozen=True)
 class TrainingConfig:
     """A row of Table 2; below `# ---`, Sec. 4.1."""
-
     params: float  # as printed; `param_count` counts
     steps: int
     token_length: int  # 0 where the model reads no text
@@ -94,7 +92,6 @@ class TrainingConfig:
 @dataclass(frozen=True)
 class InferenceConfig:
     """A row of Table 3; below `# ---`, what is the same for all five."""
-
     step_schedule: str  # a key of TABLE_8[model]
     gamma: float
     cfg_scale: float | None
@@ -106,7 +103,6 @@ class InferenceConfig:
 @dataclass(frozen=True)
 class Model:
     """One diffusion model: its network, training, inference, and what it reads and writes."""
-
     name: str
     unet: UNetConfig
     training: TrainingConfig
@@ -237,7 +233,6 @@ def step_schedules(model: Model) -> dict:
 # A schedule maps t in [0, 1] to logsnr_t; Eq. 3 gives alpha_t and sigma_t from that. Training
 # evaluates it in JAX, the sampler once for all steps, in NumPy's float64 (`xp=np`).
 
-
 def cosine(t, xp=jnp):
     """Eq. 6: alpha_t = cos(a t + b), from logsnr_0 = 20 to logsnr_1 = -20."""
     b = math.atan(math.exp(-10))
@@ -288,7 +283,6 @@ LOSS_WEIGHTS = {  # Sec. 3.1, as functions of logsnr_t
 
 class Condition(NamedTuple):
     """c in the paper: the entries of Fig. 1 besides x_t and t. None where there is none."""
-
     low_fi: jax.Array | None = None  # (B, T, 1) stacked with x_t
     aligned: jax.Array | None = None  # (B, T / prod(strides), C) added at the bottom
     text: jax.Array | None = None  # (B, L, E) token embeddings
@@ -297,7 +291,6 @@ class Condition(NamedTuple):
 
 class Batch(NamedTuple):
     """What training reads: clips, and what the data set says of them."""
-
     audio: jax.Array  # (B, samples) at the model's audio_rate, in [-1, 1]
     condition: Condition  # with the text, where the model uses it
 
@@ -323,7 +316,6 @@ def diffusion_loss(params, model: Model, key, batch: Batch):
 
 # ---- Classifier-free guidance and dynamic clipping (Sec. 3.1) ----
 
-
 def guided_eps(params, model: Model, x_t, t, condition: Condition):
     """Sec. 3.1: w eps(x_t, c) + (1 - w) eps(x_t, .), w of Table 3. x_t (B, T, C), t a scalar.
 
@@ -344,8 +336,7 @@ def dynamic_clip(x0_hat, q=0.995):
 
     s is a percentile of |x0_hat| in each clip, and at least 1, the range of audio and log-mel.
     choice: the 99.5th. choice: Sec. 3.1 clips "due to CFG"; we clip the two models without CFG too,
-    since Eq. 4 needs an x0_hat in range.
-    """
+    since Eq. 4 needs an x0_hat in range."""
     s = percentile(jnp.abs(x0_hat).reshape(x0_hat.shape[0], -1), q)  # (B,)
     s = jnp.maximum(s, 1.0)[:, None, None]  # (B, 1, 1)
     return jnp.clip(x0_hat, -s, s) / s
@@ -353,13 +344,11 @@ def dynamic_clip(x0_hat, q=0.995):
 
 # ---- Ancestral sampling (Appendix A, Sec. 4.2.1) ----
 
-
 def denoising_times(deltas, steps: int | None = None) -> np.ndarray:
     """Sec. 4.2.1: t_n = sum of the first n step sizes, t_0 = 0 < ... < t_N = 1. float64 (N + 1,).
 
     `steps` resamples it to another N; Sec. 4.6 scales the step sizes "inverse-proportionally".
-    choice: the curve is interpolated linearly, since segments of 15 and 5 steps do not halve.
-    """
+    choice: the curve is interpolated linearly, since segments of 15 and 5 steps do not halve."""
     times = np.concatenate([[0.0], np.cumsum(deltas)])
     times /= times[-1]  # numerics: pins t_N = 1
     if steps is None:
@@ -369,7 +358,6 @@ def denoising_times(deltas, steps: int | None = None) -> np.ndarray:
 
 class Update(NamedTuple):
     """The coefficients of N updates from t to s (Eq. 4): arrays (N,), that of t = 1 first."""
-
     t: np.ndarray
     alpha_t: np.ndarray
     sigma_t: np.ndarray
@@ -384,8 +372,7 @@ def ddpm_updates(schedule: Callable, times: np.ndarray, gamma: float) -> Update:
     numerics: with x0_hat = (x_t - sigma_t eps) / alpha_t, the first two terms of Eq. 4 equal
         (1 - c) (alpha_s / alpha_t) x_t + c alpha_s x0_hat,  c = 1 - e^(logsnr_t - logsnr_s).
     In this form x0_hat can be clipped. Unclipped, the waveform generator's first update multiplies
-    an error in eps by 347. gamma = 0 is not DDIM: the noise of sigma_tilde remains.
-    """
+    an error in eps by 347. gamma = 0 is not DDIM: the noise of sigma_tilde remains."""
     logsnr = schedule(np.asarray(times, np.float64), np)
     alpha = np.exp(-np.logaddexp(0, -logsnr) / 2)  # `alpha_sigma` in float64
     sigma = np.exp(-np.logaddexp(0, logsnr) / 2)
@@ -452,7 +439,6 @@ def sample(params, model: Model, condition: Condition, keys, length: int, progre
 # SHARDING), initialiser. Read (B, ..., T, C) as (B, T, C): only on a TPU is there an axis between,
 # where clips are cut into pieces (`on_a_tpu_in_pieces`).
 
-
 class Param(NamedTuple):
     shape: tuple[int, ...]
     axes: tuple[str, ...]  # keys of SHARDING
@@ -506,8 +492,7 @@ def group_norm(p, x, groups):
 
     choice: over all of T, which is 30 s in sampling, for the snippet models too. numerics: moments
     over time, then over groups, then one multiply-add are several times faster on a CPU than a
-    reshape to groups. It is done in float32, since a mean can be many deviations from 0.
-    """
+    reshape to groups. It is done in float32, since a mean can be many deviations from 0."""
     c, x32, time_axes = x.shape[-1], x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
     moments = jnp.mean(x32, time_axes), jnp.mean(jnp.square(x32), time_axes)  # each (B, C)
     moments = [m.reshape(-1, groups, c // groups).mean(2) for m in moments]  # (B, groups)
@@ -518,7 +503,6 @@ def group_norm(p, x, groups):
 
 
 # ---- The block (Fig. 5) ----
-
 
 def combine_embedding(p, x, time):
     """Sec. 3.2: "a single vector is used to produce a channel-wise scaling and bias"."""
@@ -600,14 +584,12 @@ def block(p, cfg: UNetConfig, x, time, text, text_mask, text_on):
 
 # ---- The 1D Efficient U-Net (Fig. 1) ----
 
-
 def downsample(p, x, stride):
     """App. B.1: convolution of stride S, (B, T, C_{I-1}) -> (B, T / S, C_I).
 
     choice: a kernel of 2 S, by Table 2's counts. numerics: S frames are folded into the channels,
     then convolved with two taps. `upsample` does the reverse, and pads on the other side: each is
-    the other's adjoint, so nothing drifts in time.
-    """
+    the other's adjoint, so nothing drifts in time."""
     *batch, t, c = x.shape
     return conv1d(p, x.reshape(*batch, t // stride, stride * c), left=0)
 
@@ -615,8 +597,7 @@ def downsample(p, x, stride):
 def upsample(p, x, stride):
     """App. B.1: transposed convolution of stride S, (B, T, C_I) -> (B, T S, C_{I-1}).
 
-    choice: a kernel of 2 S, and a bias for each of the S phases of the output.
-    """
+    choice: a kernel of 2 S, and a bias for each of the S phases of the output."""
     *batch, t, _ = x.shape
     return conv1d(p, x, left=1).reshape(*batch, t * stride, -1)
 
@@ -624,8 +605,7 @@ def upsample(p, x, stride):
 def time_embedding(t, width):
     """App. B.1: "converting the float into a vector via positional embedding". (B,) -> (B, width).
 
-    choice: sines and cosines of 1000 t at width / 2 frequencies from 1 to 1e-4.
-    """
+    choice: sines and cosines of 1000 t at width / 2 frequencies from 1 to 1e-4."""
     frequencies = jnp.exp(-math.log(1e4) * jnp.arange(width // 2) / (width // 2 - 1))
     angles = 1000 * t[:, None] * frequencies  # (B, width / 2)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
@@ -713,7 +693,6 @@ def param_count(model: Model | str) -> int:
 
 # ---- What a model is conditioned on: resampling and log-mel (Sec. 3.3) ----
 
-
 def fft_resample(x, length: int, xp=jnp):
     """Sec. 3.3.1: (B, T) -> (B, length), by cropping or zero-padding the Fourier coefficients."""
     T = x.shape[-1]
@@ -755,15 +734,13 @@ def log_mel(audio):
     """Sec. 3.3.2: log-mel "normalized to lie within [-1, 1]". (B, T) at 16 kHz -> (B, T / 160, 80).
 
     choice: the mel magnitude in dB, with -90 and all below at -1, and +10 at 1, the same map for
-    every clip. A full-scale sine, summed over the bins of a filter, has 1.8 to 9.9 dB.
-    """
+    every clip. A full-scale sine, summed over the bins of a filter, has 1.8 to 9.9 dB."""
     mel = jnp.matmul(jnp.abs(stft(audio)), mel_filters(), precision="highest")
     decibel = 20 * jnp.log10(jnp.maximum(mel, 1e-9))
     return jnp.clip((decibel + 40) / 50, -1, 1)
 
 
 # ---- Training inputs and their augmentation (Sec. 4.1) ----
-
 
 def noise_augment(key, x, t_max, schedule):
     """Sec. 4.1: noise of "a random diffusion time [...] chosen within [0, t_max]". x (B, T, C).
@@ -779,8 +756,7 @@ def gaussian_blur(x, std, taps, axis):
     """Sec. 4.1: Gaussian blur of x (B, T, C) along an axis, of std (B,) in elements.
 
     choice: 10 taps, which have no centre, are at -5..4. So a small std is the identity, and a large
-    one shifts x by up to a third of an element. choice: the edges are repeated.
-    """
+    one shifts x by up to a third of an element. choice: the edges are repeated."""
     offsets = np.arange(taps) - taps // 2
     kernel = jax.nn.softmax(-(offsets**2) / (2 * std[:, None] ** 2))  # (B, taps), sums to 1
     pad = [(0, 0)] * 3
@@ -810,8 +786,7 @@ def pad_to(x, length, value):
 def padded_length(cfg: UNetConfig, length: int) -> int:
     """`length` rounded up to a multiple of prod(strides).
 
-    departs: in T_I = T_{I-1} / S_I (App. B.1), 30 s gives whole numbers for the vocoder alone.
-    """
+    departs: in T_I = T_{I-1} / S_I (App. B.1), 30 s gives whole numbers for the vocoder alone."""
     multiple = math.prod(cfg.strides)
     return -(-length // multiple) * multiple
 
@@ -820,8 +795,7 @@ def training_inputs(model: Model, key, batch: Batch):
     """Sec. 3.3: x (B, T, C), and the condition it comes with.
 
     choice: low-fidelity audio is made of the snippet, not of the clip that it is cut from. So the
-    FFT takes the whole input for a period, as in sampling.
-    """
+    FFT takes the whole input for a period, as in sampling."""
     audio, condition = batch
     samples = audio.shape[1]
     x = log_mel(audio) if writes_log_mel(model) else audio[:, :, None]  # (B, T, C)
@@ -838,13 +812,11 @@ def training_inputs(model: Model, key, batch: Batch):
 
 # ---- Both routes, from prompts to audio (Secs. 3.3 and 4.2.1) ----
 
-
 def sampling_condition(model: Model, given: Condition, previous, seconds: float) -> Condition:
     """Sec. 3.3: `given`, with `previous`, the output of the stage before, as low_fi or aligned.
 
     previous is audio (B, samples) or log-mel (B, frames, 80). It is padded as in training, but not
-    augmented: Sec. 4.1 augments "at training time".
-    """
+    augmented: Sec. 4.1 augments "at training time"."""
     T = padded_length(model.unet, round(seconds * model.rate))
     if model.low_rate:
         low_fi = fft_resample(previous, round(seconds * model.rate))[:, :, None]
@@ -864,8 +836,7 @@ def generate(prompts, weights, encode, route="waveform", seconds=30.0, seed=0, f
     first_clip   the number of the first prompt's clip; clip i of a seed does not depend on others
     superres     False stops at 16 kHz, as in Sec. 4.3.1
     progress     called as progress(name, done, N)
-    Returns {name: its output}: audio (B, seconds * rate), or log-mel (B, seconds * 100, 80).
-    """
+    Returns {name: its output}: audio (B, seconds * rate), or log-mel (B, seconds * 100, 80)."""
     outputs, previous = {}, None
     for stage, name in enumerate(ROUTES[route]):
         if name == "superresolution_cascader" and not superres:
@@ -912,8 +883,7 @@ def top_captions(captions, clips, k: int = 10) -> np.ndarray:
 
     clips (N, E), each the average over its 10-second windows; captions (M, E). Returns indices
     (N, k), the highest cosine first; of equals the first. numerics: captions are read in blocks, so
-    that 4 million may lie in a np.memmap.
-    """
+    that 4 million may lie in a np.memmap."""
     assert clips.shape[1] == captions.shape[1] and k <= len(captions)
     clips = jnp.asarray(clips, jnp.float32)
     best, index = jnp.full((len(clips), k), -jnp.inf), jnp.zeros((len(clips), k), jnp.int32)
@@ -929,8 +899,7 @@ def draw_captions(top, k_prime: int, seed) -> np.ndarray:
 
     top (N, K) of all clips of the data set, from `top_captions`. Returns (N, K'), closest first.
     choice: drawn one after the other, without replacement. numerics: the K' smallest of exponential
-    times with rates 1 / count are distributed as K' such draws.
-    """
+    times with rates 1 / count are distributed as K' such draws."""
     counts = np.bincount(top.ravel())
     times = -np.log1p(-np.random.default_rng(seed).random(top.shape)) * counts[top]  # (N, K)
     first = np.sort(np.argsort(times, axis=1)[:, :k_prime], axis=1)
@@ -941,7 +910,6 @@ def draw_captions(top, k_prime: int, seed) -> np.ndarray:
 # An embedder is any function of audio (B, samples), float32 at 16 kHz, to embeddings, clip-wise
 # (B, E) or frame-wise (B, F, E). VGGish, Trill and MuLan, the paper's three, are not here.
 
-
 class Gaussian(NamedTuple):
     mean: np.ndarray  # (E,)
     root: np.ndarray  # (E, R), with root @ root.T the covariance
@@ -951,8 +919,7 @@ def gaussian(x) -> Gaussian:
     """Sec. 4.3.2: "the distribution of the embeddings from each set are Gaussian". x (N, E), N > 1.
 
     departs: the covariance, as in Kilgour et al. (2018), where the text has "correlation matrix".
-    choice: over N - 1. numerics: its root by QR of the centred x, in float64, squares nothing.
-    """
+    choice: over N - 1. numerics: its root by QR of the centred x, in float64, squares nothing."""
     x = np.asarray(x, np.float64)
     r = np.linalg.qr(x - x.mean(axis=0), mode="r")  # (R, E); r.T @ r is N - 1 times the covariance
     return Gaussian(x.mean(axis=0), r.T / math.sqrt(len(x) - 1))
@@ -962,8 +929,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """FAD (Sec. 4.3.2; Kilgour et al., 2018): |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
     numerics: the trace of the last root is the sum of the singular values of root_a^T root_b. So
-    fewer clips than dimensions, whose covariance is singular, cost no digits.
-    """
+    fewer clips than dimensions, whose covariance is singular, cost no digits."""
     shared = np.linalg.svd(a.root.T @ b.root, compute_uv=False).sum()
     traces = np.sum(a.root**2) + np.sum(b.root**2)
     return max(0.0, float(np.sum((a.mean - b.mean) ** 2) + traces - 2 * shared))
@@ -1016,8 +982,7 @@ def make_mesh(model: int = 1, devices=None) -> jax.sharding.Mesh:
 def partition(mesh, shape, axes, column=0) -> PartitionSpec:
     """How SHARDING splits an array. ValueError where an axis does not divide among its devices.
 
-    The second column only saves memory, so what does not divide there stays whole.
-    """
+    The second column only saves memory, so what does not divide there stays whole."""
     spec = [SHARDING[axis][column] for axis in axes]
     for i, (size, axis, over) in enumerate(zip(shape, axes, spec)):
         if over in spec[:i] and over:
@@ -1049,12 +1014,10 @@ def constrain(x, *axes):
 
 # ---- The same mathematics in other forms ----
 
-
 def own_clips(f, x):
     """f(x) for x (B, ...), each device with its own clips.
 
-    numerics: left to itself, the partitioner of CPU programs gathers the whole batch for an FFT.
-    """
+    numerics: left to itself, the partitioner of CPU programs gathers the whole batch for an FFT."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or isinstance(x, np.ndarray):
         return f(x)
@@ -1082,8 +1045,7 @@ def unusual_conv1d(p, x, padding):
     """`conv1d` where x is shorter than the kernel, (B, T, C), or in pieces, (B, P, T / P, C).
 
     As a matrix product in the first case: XLA's CPU convolution is 40 times slower there. In the
-    second, a piece is padded with its neighbours' frames.
-    """
+    second, a piece is padded with its neighbours' frames."""
     (before, after), taps, t = padding, p["w"].shape[0], x.shape[-2]
     if x.ndim == 3:
         x = jnp.pad(x, [(0, 0), padding, (0, 0)])  # (B, T + taps - 1, C_in)
@@ -1102,8 +1064,7 @@ def unusual_conv1d(p, x, padding):
 def _merge_top(best, index, clips, captions, start, end):
     """One block of `top_captions`: cosines and indices (N, K) of the best so far, updated.
 
-    captions (M, E) are number start, start + 1, ...; from number end on they are padding.
-    """
+    captions (M, E) are number start, start + 1, ...; from number end on they are padding."""
     numbers, captions = start + jnp.arange(len(captions)), unit(captions)
 
     def one_clip(best_index_clip):
@@ -1129,8 +1090,7 @@ def on_a_tpu_in_pieces(unet):
 
     It is the same network: only a convolution looks beyond a piece. But a TPU wants 8 sequences or
     more: it folds time into the batch around every convolution of fewer, for 3 times the memory
-    traffic and compilation.
-    """
+    traffic and compilation."""
 
     @wraps(unet)
     def entered(params, cfg, x_t, t, condition, text_on):
@@ -1153,13 +1113,11 @@ unet = on_a_tpu_in_pieces(unet)
 
 # ---- Small models, for a laptop ----
 
-
 def cosine_quiet(t, xp=jnp):
     """Eq. 6 moved to music of -15 dBFS: the signal-to-noise ratios that unit variance has there.
 
     Under Eq. 6 itself, noise is louder than such music in nine tenths of t, where there is little
-    to learn, and the last -40 dB of noise get a hundredth of t.
-    """
+    to learn, and the last -40 dB of noise get a hundredth of t."""
     return cosine(t, xp) + 1.5 * math.log(10)
 
 
@@ -1167,8 +1125,7 @@ def renoise_updates(schedule: Callable, times: np.ndarray, gamma: float) -> Upda
     """`ddpm_updates` that draws x_s from q(x_s | x0_hat) (Eq. 2), with noise that is all new.
 
     It re-noises x0_hat instead of keeping part of x_t: errors of a small network do not accumulate,
-    but undecided detail is lost. So it is for models whose condition leaves little open.
-    """
+    but undecided detail is lost. So it is for models whose condition leaves little open."""
     u = ddpm_updates(schedule, times, 0)
     following = lambda a, last: np.float32([*a[1:], last])  # a_s from a_t
     alpha_s, sigma_s = following(u.alpha_t, 1), following(u.sigma_t, 0)
@@ -1199,8 +1156,7 @@ def tiny(model: Model) -> Model:
     noise and music cannot be told apart. So the spectrogram generator strides by 2 first, not by 4.
     The vocoder strides by 2 last: only the blocks above the bottom see the log-mel, so they are
     better many, wide and slow. The generators spend their blocks where a frame is the attack of a
-    note, and none at the last depth, where a frame is a second.
-    """
+    note, and none at the last depth, where a frame is a second."""
     base, kernel, strides, channels, blocks, t_max, steps = TINY[model.name]
     unet = replace(model.unet, base_dimension=base, kernel_size=kernel, strides=strides,
                    channels=channels, blocks=blocks, head_width=16, text_width=64)
@@ -1226,12 +1182,10 @@ def tiny(model: Model) -> Model:
 
 # ---- To hear and to measure ----
 
-
 def griffin_lim(log_mel_frames, iterations: int = 32):
     """A rough (B, F, 80) -> (B, 160 F) inverse of `log_mel`, to hear one without the vocoder.
 
-    Griffin & Lim (1984): alternate between the magnitudes and the phases of a consistent signal.
-    """
+    Griffin & Lim (1984): alternate between the magnitudes and the phases of a consistent signal."""
     mel = 10 ** ((50 * log_mel_frames - 40) / 20) - 10 ** (-90 / 20)  # silence, at -1, becomes 0
     magnitude = jnp.maximum(mel @ np.linalg.pinv(mel_filters()), 0)  # (B, F, 513)
     window, pad = mel_window(), (MEL_FFT - HOP) // 2
@@ -1256,8 +1210,7 @@ def log_mel_statistics(audio):
     """An embedder to try things with: mean and deviation of each log-mel channel in each second.
 
     (B, samples) -> (B, F, 160). It knows loudness and spectrum, and nothing of music: its FAD
-    compares with no published one.
-    """
+    compares with no published one."""
     seconds = audio.shape[1] // MEL_RATE
     frames = log_mel(audio)[:, : 100 * seconds].reshape(len(audio), seconds, 100, MEL_CHANNELS)
     return jnp.concatenate([frames.mean(axis=2), frames.std(axis=2)], axis=-1)
@@ -1268,8 +1221,7 @@ def fad_infinity(x, reference: Gaussian, seed: int = 0, sizes: int = 15) -> floa
 
     Chong & Forsyth (2020); for FAD, Gui et al. (2023). The reference stays as it is. 15 sizes from
     N / 4 to N are drawn without replacement (with it the limit is the FAD of these very N). Noise
-    can make it negative.
-    """
+    can make it negative."""
     n = np.linspace(len(x) // 4, len(x), sizes).astype(int)
     draw = np.random.default_rng(seed)
     subset = lambda size: gaussian(draw.choice(x, size, replace=False))
@@ -1278,7 +1230,6 @@ def fad_infinity(x, reference: Gaussian, seed: int = 0, sizes: int = 15) -> floa
 
 
 # ---- `python noise2music.py`: the five models on a slide ----
-
 
 def describe(model: Model, seconds: float = 30.0) -> str:
     """A model in a few lines: Tables 2 and 3, and the tensor at every depth of its U-Net."""

@@ -263,7 +263,7 @@ SCHEDULES = {"cosine": cosine, "linear": linear, "linear_eq5": linear_eq5}
 
 
 def alpha_sigma(logsnr_t):
-    """Eq. 3, solved for both. numerics: sqrt(1 - sigma_t^2) would lose a small alpha_t."""
+    """Eq. 3: (alpha_t, sigma_t). numerics: sqrt(1 - sigma_t^2) would lose a small alpha_t."""
     return jnp.sqrt(jax.nn.sigmoid(logsnr_t)), jnp.sqrt(jax.nn.sigmoid(-logsnr_t))
 
 
@@ -383,7 +383,7 @@ def ddpm_updates(schedule: Callable, times: np.ndarray, gamma: float) -> Update:
     keep = (1 - c) * alpha[s] / alpha[t]
     toward = c * alpha[s]
     noise = sigma_tilde ** (1 - gamma) * sigma_t_given_s**gamma
-    keep[-1], toward[-1], noise[-1] = 0, 1, 0  # departs: no noise at t = 0: x0_hat
+    keep[-1], toward[-1], noise[-1] = 0, 1, 0  # departs: the last x_s is x0_hat, no noise
     return Update(*(np.float32(a) for a in (times[t], alpha[t], sigma[t], keep, toward, noise)))
 
 
@@ -490,9 +490,9 @@ def per_clip(v, x):
 def group_norm(p, x, groups):
     """Normalises each clip over time and the channels of a group. x (B, ..., T, C) of any type.
 
-    choice: over all of T, which is 30 s in sampling, for the snippet models too. numerics: moments
-    over time, then over groups, then one multiply-add are several times faster on a CPU than a
-    reshape to groups. It is done in float32, since a mean can be many deviations from 0."""
+    choice: a snippet model averages 3.2 s in training, 30 s in sampling. numerics: moments over
+    time, then over groups, then one multiply-add are several times faster on a CPU than a reshape
+    to groups. It is done in float32, since a mean can be many deviations from 0."""
     c, x32, time_axes = x.shape[-1], x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
     moments = jnp.mean(x32, time_axes), jnp.mean(jnp.square(x32), time_axes)  # each (B, C)
     moments = [m.reshape(-1, groups, c // groups).mean(2) for m in moments]  # (B, groups)
@@ -619,7 +619,7 @@ def unet_spec(cfg: UNetConfig):
     blocks = lambda n, c, sa, ca: [block_spec(cfg, c, sa, ca) for _ in range(n)]
     spec = {
         "time": linear_spec(widths[0], widths[0], ("whole", "channels")),  # App. B.1: also C_0 wide
-        "entry": conv_spec(3, cfg.in_channels, widths[0], ("whole", "channels")),
+        "entry": conv_spec(3, cfg.in_channels, widths[0], ("whole", "channels")),  # App. B.1: 3
         "down": [{"resample": conv_spec(2, s * outer, c, ("whole", "channels")),  # C_{I-1} -> C_I
                   "blocks": blocks(n, c, sa, ca)} for s, n, sa, ca, outer, c in depths],
         "up": [{"resample": conv_spec(2, c, s * outer, ("channels", "whole")),  # and back
@@ -641,8 +641,8 @@ def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on):
     cast = lambda a: a if a.dtype == bool else a.astype(cfg.dtype)
     inputs = params, x_t, condition, time, text_on
     params, x_t, (low_fi, aligned, text, text_mask), time, text_on = jax.tree.map(cast, inputs)
-    fig5 = partial(block, cfg=cfg, time=time, text=text, text_mask=text_mask, text_on=text_on)
-    fig5 = jax.checkpoint(fig5) if cfg.remat else fig5
+    run_block = partial(block, cfg=cfg, time=time, text=text, text_mask=text_mask, text_on=text_on)
+    run_block = jax.checkpoint(run_block) if cfg.remat else run_block
 
     stacked = x_t if low_fi is None else jnp.concatenate([x_t, low_fi], axis=-1)  # Sec. 3.3.1
     h = conv1d(params["entry"], stacked)  # (B, T, C_0)
@@ -650,11 +650,11 @@ def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on):
     for p, stride in zip(params["down"], cfg.strides):
         h = downsample(p["resample"], h, stride)  # (B, T_{I-1}, C_{I-1}) -> (B, T_I, C_I)
         for p_block in p["blocks"]:
-            h = fig5(p_block, x=h)
+            h = run_block(p_block, x=h)
         skips.append(h)
 
     h = skips.pop()  # the bottom of the U: (B, T / prod(strides), C_D)
-    if aligned is not None:
+    if aligned is not None:  # Sec. 3.3.2: the vocoder's log-mel
         h = h + linear_layer(params["aligned"], aligned)
 
     for p, stride in zip(reversed(params["up"]), reversed(cfg.strides)):
@@ -662,7 +662,7 @@ def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on):
         # departs: Fig. 1 and the Efficient U-Net have the blocks before the up-sampling layer. Sec.
         # 3.2 has them after; Table 2's counts agree with it to 2.2 %, with Fig. 1 to 8.2 % at best.
         for p_block in p["blocks"]:
-            h = fig5(p_block, x=h)
+            h = run_block(p_block, x=h)
         # Fig. 1: added, not concatenated. choice: unscaled; the Efficient U-Net has 1 / sqrt(2).
         h = h + skips.pop()
     return conv1d(params["exit"], h).astype(jnp.float32)  # (B, T, C_0) -> (B, T, C)
@@ -756,7 +756,7 @@ def gaussian_blur(x, std, taps, axis):
     """Sec. 4.1: Gaussian blur of x (B, T, C) along an axis, of std (B,) in elements.
 
     choice: 10 taps, which have no centre, are at -5..4. So a small std is the identity, and a large
-    one shifts x by up to a third of an element. choice: the edges are repeated."""
+    one delays x by up to a third of an element. choice: the edges are repeated."""
     offsets = np.arange(taps) - taps // 2
     kernel = jax.nn.softmax(-(offsets**2) / (2 * std[:, None] ** 2))  # (B, taps), sums to 1
     pad = [(0, 0)] * 3
@@ -959,7 +959,7 @@ def table_6(generated, ground_truth, text=None, seed: int = 0) -> dict:
 # ---- Sharding (Sec. 4.2.2) ----
 # A mesh of devices has two axes: "data" splits the clips, "model" each matrix of the network.
 # SHARDING says along which of the two each logical axis of an array is split; GSPMD (Xu et al.,
-# 2021) derives the rest. choice: the paper does not say what is split; to change it, change this.
+# 2021) derives the rest. choice: all of the table; to split otherwise, change it alone.
 
 SHARDING = {     # parameters, activations   EMA and Adam's moments (Rajbhandari et al., 2020)
     "batch":     ("data",                    None),
@@ -1008,8 +1008,8 @@ def constrain(x, *axes):
 
 
 # ================================================================================================
-# Nothing below is in the paper: the same mathematics in other forms, each tested equal to the form
-# above; small models; and what helps to hear and to measure them.
+# Nothing below is in the paper: the same mathematics in other forms, each tested equal to the plain
+# one; small models; and what helps to hear and to measure them.
 # ================================================================================================
 
 # ---- The same mathematics in other forms ----

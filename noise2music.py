@@ -20,7 +20,7 @@ Letters, in shapes:                         Symbols:
     T  length of a sequence in time             eps          the noise, N(0, I)
     C  channels                                 x0_hat       the clip that a predicted eps implies
     L  text tokens, E  width of a token         logsnr_t     lambda_t = ln(alpha_t^2 / sigma_t^2)
-    H  heads, K  width of a head (Sec. 3.5: captions a clip)  gamma  stochasticity of Eq. 4
+    H  attention heads, K  width of a head      gamma        stochasticity of Eq. 4, nothing else
     D  depth of the U-Net, I  one of 1..D       cfg_scale, loss_weight    the two things called w
     S  stride of a down- or up-sampling layer   low_fi, aligned      two ways to condition on audio
 """
@@ -858,7 +858,8 @@ def generate(prompts, weights, encode, route="waveform", seconds=30.0, seed=0, f
 
 
 # ---- Pseudo-labels (Sec. 3.5) ----
-# MuLan, the paper's joint embedding, is not public: the user brings embeddings, as arrays.
+# MuLan, the paper's joint embedding, is not public: the user brings embeddings, as arrays. In this
+# section K and K' count captions, N clips and M the vocabulary.
 
 CAPTION_BLOCK = 4_096  # captions compared at a time
 
@@ -908,7 +909,7 @@ def draw_captions(top, k_prime: int, seed) -> np.ndarray:
 
 # ---- Metrics (Sec. 4.3.2) ----
 # An embedder is any function of audio (B, samples), float32 at 16 kHz, to embeddings, clip-wise
-# (B, E) or frame-wise (B, F, E). VGGish, Trill and MuLan, the paper's three, are not here.
+# (B, E) or frame-wise (B, F frames, E). VGGish, Trill and MuLan, the paper's, are not here.
 
 class Gaussian(NamedTuple):
     mean: np.ndarray  # (E,)

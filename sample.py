@@ -306,9 +306,6 @@ def run(args):
     mesh = serving_mesh(args.num, args.model_parallel)
     stages = stages_of(args.route, not args.no_superres)
     weights, text_encoder, words = load_weights(args, stages, mesh)
-    print(f"{args.route} route on {mesh.size} x {jax.devices()[0].device_kind}: " + ", ".join(
-        f"{name} {n2m.param_count(model) / 1e6:.1f} M" for name, (model, _) in weights.items()),
-        file=sys.stderr)
     models, jobs = [model for model, _ in weights.values()], []
     token_length = next(m.training.token_length for m in models if n2m.uses_text(m))
     for i, entry in enumerate(entries):
@@ -320,11 +317,14 @@ def run(args):
         seconds = entry.get("seconds") or args.seconds or max(SECONDS, models[0].training.seconds)
         out = args.out / f"{i:04d}.wav" if args.prompts else args.out
         jobs.append(Job(prompt, seed, seconds, out))
+    check_writable(jobs[0].out)
+    print(f"{args.route} route on {mesh.size} x {jax.devices()[0].device_kind}: " + ", ".join(
+        f"{name} {n2m.param_count(model) / 1e6:.1f} M" for name, (model, _) in weights.items()),
+        file=sys.stderr)
     for i, job in enumerate(jobs, 1):
         if args.prompts and finished(args, weights, job):
             print(f"{job.out}: there already")
             continue
-        check_writable(job.out)
         print(f"[{i}/{len(jobs)}] {job.prompt}", file=sys.stderr)
         run_job(args, weights, text_encoder, mesh, job)
 

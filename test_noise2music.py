@@ -1895,18 +1895,39 @@ REFUSALS = [  # script, command line, words of the line in which it refuses it w
     (train, "waveform_generator --out {tmp}/out --data {data} --init {tmp}/absent", "absent"),
     (train, "waveform_generator --out {tmp}/out --data {data} --init {data}/0.wav", "0.wav: "),
     (train, "waveform_generator --out {tmp}/out --data {data} --init x --resume", "--init begins"),
+    *((sample, f"slow --models {{runs}} -o {{tmp}}/out/x.wav {argv}", words) for argv, words in [
+        ("--prompts {tmp}/odd.jsonl", "give a prompt"),
+        *((f"--seconds {seconds}", "--seconds") for seconds in ("x", 0, -1, "nan", 1e9)),
+        ("--num -1", "--num"), ("--steps 0", "--steps"), ("--steps 1,2", "--steps"),
+        ("--cfg-scale -1", "--cfg-scale"), ("--gamma 1.5", "--gamma"), ("--seed 1e3", "--seed"),
+        ("--route sideways", "'spectrogram'"), ("--schedule sideways", "Table 8"),
+        ("--model-parallel 99", "is more than the"), ("--t5 {tmp}/t5", "not the T5 encoder")]),
+    *((sample, f"--models {{runs}} {argv}", words) for argv, words in [
+        ("", "give a prompt"), ("'  ' -o {tmp}/out/x.wav", "the prompt is empty"),
+        ("slow -o {tmp}/a.wav", "is a folder"), ("slow -o {tmp}/out/x.mp3", ".wav"),
+        ("slow -o {tmp}/file/x.wav", "file/x.wav: cannot be written"),
+        ("--prompts {tmp}/absent", "absent"), ("--prompts {tmp}/file", "no prompt"),
+        ("--prompts {tmp}/bad.jsonl", "bad.jsonl:2"), ("--prompts {tmp}/odd.jsonl", "odd.jsonl:1"),
+        ("--prompts {tmp}/long.jsonl", "long.jsonl:1"),
+        ("--prompts {tmp}/blank.jsonl", "prompt 1: the prompt is empty")]),
+    (sample, "slow --models {tmp} -o {tmp}/out/x.wav", "python train.py waveform_generator"),
 ]
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, data):
+def places(tmp_path_factory, data, runs):
     """What the command lines of REFUSALS name."""
     tmp = tmp_path_factory.mktemp("refusals")
     (tmp / "empty").mkdir()
     (tmp / "file").touch()
     broken = manifest(tmp / "broken", {"audio": "a.wav", "long": ["x"]})
     (broken / "a.wav").write_bytes(b"RIFF....WAVE")
-    return {"tmp": tmp, "data": data}
+    (tmp / "a.wav").mkdir()
+    for name, text in [("bad", 'good\n{"prompt": \n'), ("odd", '{"prompt": "x", "sed": 1}'),
+                       ("long", '{"prompt": "x", "seconds": 601}'), ("blank", '{"prompt": " "}')]:
+        (tmp / f"{name}.jsonl").write_text(text)
+    save_t5(tmp / "t5", random_t5(["another vocabulary"], 1))
+    return {"tmp": tmp, "data": data, "runs": runs}
 
 
 @pytest.mark.parametrize("script, argv, words", REFUSALS)
@@ -2135,39 +2156,6 @@ def test_inference_parameters_reach_the_stages(runs):
     assert loaded("--steps", 5) == (
         [(5, m.step_schedule, m.cfg_scale, m.gamma, m.sampler) for m in models],
         {("float32", "float32")}) and models[1].sampler != "ddpm"
-
-
-SAMPLE_REFUSALS = [  # script, command line, words of the line in which it refuses it with status 2
-    *((sample, f"slow --models {{runs}} -o {{tmp}}/x.wav {argv}", words) for argv, words in [
-        ("--prompts {tmp}/odd.jsonl", "give a prompt"), ("--route sideways", "'spectrogram'"),
-        *((f"--seconds {seconds}", "--seconds") for seconds in ("x", 0, -1, "nan", 1e9)),
-        ("--num -1", "--num"), ("--steps 0", "--steps"), ("--steps 1,2", "--steps"),
-        ("--cfg-scale -1", "--cfg-scale"), ("--gamma 1.5", "--gamma"), ("--seed 1e3", "--seed"),
-        ("--schedule sideways", "Table 8"), ("--model-parallel 99", "is more than the"),
-        ("--t5 {tmp}/other", "not the T5 encoder")]),
-    *((sample, f"--models {{runs}} {argv}", words) for argv, words in [
-        ("'  ' -o {tmp}/x.wav", "the prompt is empty"), ("", "give a prompt"),
-        ("slow -o {tmp}/folder.wav", "is a folder"), ("slow -o {tmp}/x.mp3", ".wav"),
-        ("slow -o {tmp}/empty/x.wav", "empty/x.wav: cannot be written"),
-        ("--prompts {tmp}/absent", "absent"), ("--prompts {tmp}/empty", "no prompt"),
-        ("--prompts {tmp}/bad.jsonl", "bad.jsonl:2"), ("--prompts {tmp}/odd.jsonl", "odd.jsonl:1"),
-        ("--prompts {tmp}/long.jsonl", "long.jsonl:1"),
-        ("--prompts {tmp}/blank.jsonl", "prompt 1: the prompt is empty")]),
-    (sample, "slow --models {tmp} -o {tmp}/x.wav", "python train.py waveform_generator"),
-]
-
-
-@pytest.mark.parametrize("script, argv, words", SAMPLE_REFUSALS)
-def test_sampling_refuses_in_one_line(tmp_path, runs, capfd, script, argv, words):
-    (tmp_path / "folder.wav").mkdir(), (tmp_path / "empty").touch()
-    for name, text in [("bad", 'good\n{"prompt": \n'), ("odd", '{"prompt": "x", "sed": 1}'),
-                       ("long", '{"prompt": "x", "seconds": 601}'), ("blank", '{"prompt": " "}')]:
-        (tmp_path / f"{name}.jsonl").write_text(text)
-    if "other" in argv:
-        t5_encoder.save_t5(tmp_path / "other", t5_encoder.random_t5(["another vocabulary"], 1))
-    argv = [word.format(tmp=tmp_path, runs=runs) for word in shlex.split(argv)]
-    assert words in exits(capfd, script.main, *argv)
-    assert not list(tmp_path.glob("x.*")) and not list(tmp_path.rglob("*.part"))
 
 
 def test_another_text_encoder_is_one_place_to_touch(tmp_path, data, monkeypatch):

@@ -1895,18 +1895,39 @@ REFUSALS = [  # script, command line, words of the line in which it refuses it w
     (train, "waveform_generator --out {tmp}/out --data {data} --init {tmp}/absent", "absent"),
     (train, "waveform_generator --out {tmp}/out --data {data} --init {data}/0.wav", "0.wav: "),
     (train, "waveform_generator --out {tmp}/out --data {data} --init x --resume", "--init begins"),
+    *((sample, f"slow --models {{runs}} -o {{tmp}}/out/x.wav {argv}", words) for argv, words in [
+        ("--prompts {tmp}/odd.jsonl", "give a prompt"),
+        *((f"--seconds {seconds}", "--seconds") for seconds in ("x", 0, -1, "nan", 1e9)),
+        ("--num -1", "--num"), ("--steps 0", "--steps"), ("--steps 1,2", "--steps"),
+        ("--cfg-scale -1", "--cfg-scale"), ("--gamma 1.5", "--gamma"), ("--seed 1e3", "--seed"),
+        ("--route sideways", "'spectrogram'"), ("--schedule sideways", "Table 8"),
+        ("--model-parallel 99", "is more than the"), ("--t5 {tmp}/t5", "not the T5 encoder")]),
+    *((sample, f"--models {{runs}} {argv}", words) for argv, words in [
+        ("", "give a prompt"), ("'  ' -o {tmp}/out/x.wav", "the prompt is empty"),
+        ("slow -o {tmp}/a.wav", "is a folder"), ("slow -o {tmp}/out/x.mp3", ".wav"),
+        ("slow -o {tmp}/file/x.wav", "file/x.wav: cannot be written"),
+        ("--prompts {tmp}/absent", "absent"), ("--prompts {tmp}/file", "no prompt"),
+        ("--prompts {tmp}/bad.jsonl", "bad.jsonl:2"), ("--prompts {tmp}/odd.jsonl", "odd.jsonl:1"),
+        ("--prompts {tmp}/long.jsonl", "long.jsonl:1"),
+        ("--prompts {tmp}/blank.jsonl", "prompt 1: the prompt is empty")]),
+    (sample, "slow --models {tmp} -o {tmp}/out/x.wav", "python train.py waveform_generator"),
 ]
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, data):
+def places(tmp_path_factory, data, runs):
     """What the command lines of REFUSALS name."""
     tmp = tmp_path_factory.mktemp("refusals")
     (tmp / "empty").mkdir()
     (tmp / "file").touch()
     broken = manifest(tmp / "broken", {"audio": "a.wav", "long": ["x"]})
     (broken / "a.wav").write_bytes(b"RIFF....WAVE")
-    return {"tmp": tmp, "data": data}
+    (tmp / "a.wav").mkdir()
+    for name, text in [("bad", 'good\n{"prompt": \n'), ("odd", '{"prompt": "x", "sed": 1}'),
+                       ("long", '{"prompt": "x", "seconds": 601}'), ("blank", '{"prompt": " "}')]:
+        (tmp / f"{name}.jsonl").write_text(text)
+    save_t5(tmp / "t5", random_t5(["another vocabulary"], 1))
+    return {"tmp": tmp, "data": data, "runs": runs}
 
 
 @pytest.mark.parametrize("script, argv, words", REFUSALS)
@@ -2033,13 +2054,12 @@ def test_a_sixth_model_is_two_places_to_touch(tmp_path, data, monkeypatch, capfd
 def runs(tmp_path_factory):
     """All five models, small and untrained, as train.py leaves them."""
     out = tmp_path_factory.mktemp("runs")
-    t5 = t5_encoder.random_t5(["slow piano", "fast drums and bass"], 0)
-    t5_encoder.save_t5(out / "t5", t5)
-    for name in n2m.NAMES:
-        model = small(name)
+    t5_encoder.save_t5(out / "t5", t5_encoder.random_t5(["slow piano", "fast drums and bass"], 0))
+    mark = t5_encoder.load_text_encoder(out / "t5").fingerprint
+    for name in n2m.MODELS:
         (out / name).mkdir()
-        metadata = {"seed": 0, "index": 0, "t5": None, "t5_fingerprint": t5_encoder.fingerprint(t5)}
-        train.save_checkpoint(out / name, train.init_state(model, 0), model, metadata)
+        metadata = {"seed": 0, "index": 0, "t5": None, "t5_fingerprint": mark}
+        train.save_checkpoint(out / name, train.init_state(small(name), 0), small(name), metadata)
     return out
 
 
@@ -2047,119 +2067,142 @@ def run_sample(*argv):
     sample.main([str(a) for a in argv])
 
 
-def test_a_prompt_becomes_a_wav_by_each_route(tmp_path, runs, capfd):
-    for route in n2m.ROUTES:
+def settings_in(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def test_a_prompt_becomes_a_wav_by_each_route(tmp_path, runs):
+    for route, names in n2m.ROUTES.items():
         out = tmp_path / route / "music.wav"
-        run_sample("slow piano", "-o", out, "--models", runs, "--route", route, "--seconds", 0.7, "--num", 2, "--keep-stages", "--seed", 5)
-        for i in range(2):
+        run_sample("slow piano", "-o", out, "--models", runs, "--route", route, "--seconds", 0.7,
+                   "--num", 2, "--keep-stages", "--seed", 5)
+        for i, settings in enumerate(settings_in(out.parent)):
             audio, rate = soundfile.read(out.with_name(f"music-{i}.wav"))
             assert rate == 24_000 and audio.shape == (16_800,) and audio.std() > 0
-            settings = json.loads(out.with_name(f"music-{i}.json").read_text())
-            assert settings["seed"] == 5 and settings["clip"] == i and settings["prompt"] == "slow piano"
-            assert [*settings["stages"]] == list(n2m.ROUTES[route])
-            assert soundfile.info(out.with_name(f"music-{i}.{n2m.ROUTES[route][1]}.wav")).samplerate == 16_000
-        assert not list(out.parent.glob("*.part"))
-    assert np.load(tmp_path / "spectrogram/music-1.spectrogram_generator.npy").shape == (70, 80)
+            assert (settings["prompt"], settings["seed"], settings["clip"]) == ("slow piano", 5, i)
+            assert [*settings["stages"]] == list(names)
+            stage = soundfile.info(out.with_name(f"music-{i}.{names[1]}.wav"))
+            assert (stage.samplerate, stage.frames) == (16_000, 11_200)
+        assert i == 1 and not list(out.parent.glob("*.part"))
+    mel = np.load(tmp_path / "spectrogram/music-1.spectrogram_generator.npy")
+    assert mel.shape == (70, 80)
 
 
 def test_clip_i_of_a_seed_is_the_same_whatever_num_is(tmp_path, runs):
     """And another seed, or another clip, is another one."""
     for name, num, seed in [("one", 1, 3), ("two", 2, 3), ("other", 1, 4)]:
-        run_sample("slow piano", "-o", tmp_path / f"{name}.wav", "--models", runs, "--seconds", 0.5, "--num", num, "--seed", seed, "--no-superres")
-    one, first, second, other = (soundfile.read(tmp_path / f"{name}.wav")[0] for name in ("one", "two-0", "two-1", "other"))
-    np.testing.assert_allclose(one, first, atol=2e-4)
-    assert abs(np.corrcoef(one, second)[0, 1]) < 0.5 and abs(np.corrcoef(one, other)[0, 1]) < 0.5
+        run_sample("slow piano", "-o", tmp_path / f"{name}.wav", "--models", runs, "--seconds", 0.5,
+                   "--num", num, "--seed", seed, "--no-superres")
+    one, first, second, other = (soundfile.read(tmp_path / f"{name}.wav")[0]
+                                 for name in ("one", "two-0", "two-1", "other"))
+    close(one, first, atol=2e-4)
+    for different in (second, other):
+        assert abs(np.corrcoef(one, different)[0, 1]) < 0.5
 
 
-def test_a_file_of_prompts_continues_where_it_was_interrupted(tmp_path, runs, capfd):
+def test_a_file_of_prompts_continues_where_it_was_interrupted(tmp_path, runs):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text('slow piano\n\n{"prompt": "fast drums", "seed": 9, "seconds": 0.4}\n')
-    argv = ["--prompts", prompts, "-o", tmp_path / "out", "--models", runs, "--seconds", 0.5, "--no-superres"]
-    run_sample(*argv)
+    argv = ["--prompts", prompts, "-o", tmp_path / "out", "--models", runs, "--seconds", 0.5]
+    run_sample(*argv, "--no-superres")
     wavs = sorted((tmp_path / "out").glob("*.wav"))
-    assert [soundfile.info(w).frames for w in wavs] == [8_000, 6_400]
-    before = [w.stat().st_mtime_ns for w in wavs]
+    assert [soundfile.info(wav).frames for wav in wavs] == [8_000, 6_400]
+    assert [s["seed"] for s in settings_in(tmp_path / "out")] == [0, 9]
+    before = [wav.stat().st_mtime_ns for wav in wavs]
     wavs[1].with_suffix(".json").unlink()  # as if stopped while the second was written
-    run_sample(*argv)
-    after = [w.stat().st_mtime_ns for w in wavs]
+    run_sample(*argv, "--no-superres")
+    after = [wav.stat().st_mtime_ns for wav in wavs]
     assert after[0] == before[0] and after[1] != before[1]
 
 
-def test_inference_parameters_reach_the_stages(tmp_path, runs):
-    run_sample("slow piano", "-o", tmp_path / "a.wav", "--models", runs, "--seconds", 0.3, "--steps", "2,3,4", "--schedule", "uniform,back_heavy,front_heavy",
-               "--cfg-scale", 2, "--gamma", "0,1,0.5")
-    stages = json.loads((tmp_path / "a.json").read_text())["stages"].values()
-    assert [s["steps"] for s in stages] == [2, 3, 4] and [s["gamma"] for s in stages] == [0, 1, 0.5]
-    assert [s["cfg_scale"] for s in stages] == [2, 2, None] and [s["step_schedule"][0] for s in stages] == ["u", "b", "f"]
-
-
-def test_sampling_refuses_in_one_line(tmp_path, runs, capfd):
-    fails = functools.partial(exits, capfd, sample.main)
-    base = ["slow piano", "--models", runs, "-o", tmp_path / "x.wav"]
-    (tmp_path / "folder.wav").mkdir()
-    (tmp_path / "file").touch()
-    assert "python train.py waveform_generator" in fails("slow piano", "--models", tmp_path, "-o", tmp_path / "x.wav")
-    assert "empty" in fails("  ", *base[1:])
-    assert "give a prompt" in fails("--models", runs)
-    assert "--seconds" in fails(*base, "--seconds", "x")
-    for seconds in (0, -1, "nan", 1e9):
-        assert "seconds must be from" in fails(*base, "--seconds", seconds)
-    assert "--num" in fails(*base, "--num", -1)
-    assert "--steps" in fails(*base, "--steps", 0)
-    assert "--steps" in fails(*base, "--steps", "1,2")
-    assert "Table 8" in fails(*base, "--schedule", "sideways")
-    assert "--cfg-scale" in fails(*base, "--cfg-scale", "-1")
-    assert "is a folder" in fails(*base[:-1], tmp_path / "folder.wav")
-    assert ".wav" in fails(*base[:-1], tmp_path / "x.mp3")
-    assert "file" in fails(*base[:-1], tmp_path / "file" / "x.wav")
-    assert "absent" in fails("--prompts", tmp_path / "absent", "--models", runs)
-    assert "no prompt" in fails("--prompts", tmp_path / "file", "--models", runs)
-    (tmp_path / "bad.jsonl").write_text('good\n{"prompt": \n')
-    assert "bad.jsonl:2" in fails("--prompts", tmp_path / "bad.jsonl", "--models", runs)
-    (tmp_path / "odd.jsonl").write_text('{"prompt": "x", "sed": 1}\n')
-    assert "odd.jsonl:1" in fails("--prompts", tmp_path / "odd.jsonl", "--models", runs)
-    other = tmp_path / "t5"
-    t5_encoder.save_t5(other, t5_encoder.random_t5(["another vocabulary"], 1))
-    assert "not the T5 encoder" in fails(*base, "--t5", other)
-    assert not (tmp_path / "x.wav").exists() and not list(tmp_path.glob("*.part"))
-
-
 def test_captions_are_prompts_and_line_n_has_seed_plus_n(tmp_path, runs):
-    """The prompt of a line of captions.jsonl is its first long caption, or else all its tags (Sec. 4.3.3)."""
-    folder = manifest(tmp_path, {"audio": "a.wav", "long": ["slow piano", "fast"], "short": ["bass"]},
-                      {"audio": "a.wav", "tags": ["drums", "fast"], "title": "slow", "start": 1})
+    """Sec. 4.3.3: the first long caption of a line of captions.jsonl, or else all its tags."""
+    folder = manifest(
+        tmp_path, {"audio": "a.wav", "long": ["slow piano", "fast"], "short": ["bass"]},
+        {"audio": "a.wav", "tags": ["drums", "fast"], "title": "slow", "start": 1})
     write_tone(folder / "a.wav")
-    out = tmp_path / "out"
-    run_sample("--prompts", folder / "captions.jsonl", "-o", out, "--models", runs, "--seconds", 0.5, "--no-superres", "--seed", 7)
-    settings = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
-    assert [(s["prompt"], s["seed"]) for s in settings] == [("slow piano", 7), ("slow, drums, fast", 8)]
+    run_sample("--prompts", folder / "captions.jsonl", "-o", tmp_path / "out", "--models", runs,
+               "--seconds", 0.5, "--no-superres", "--seed", 7)
+    assert [(s["prompt"], s["seed"]) for s in settings_in(tmp_path / "out")] == [
+        ("slow piano", 7), ("slow, drums, fast", 8)]
 
 
 def test_hard_prompts_are_music_too(tmp_path, runs, capfd):
     """10,000 words are cut, with a remark; any script is encodable."""
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("word " * 10_000 + "\nспокойное фортепиано 静かなピアノ 🎹 </s> <extra_id_0>\n", "utf-8")
-    run_sample("--prompts", prompts, "-o", tmp_path / "out", "--models", runs, "--seconds", 0.3, "--no-superres", "--steps", 1)
+    hard = "спокойное фортепиано 静かなピアノ 🎹 </s> <extra_id_0>"
+    prompts.write_text("word " * 10_000 + f"\n{hard}\n", "utf-8")
+    run_sample("--prompts", prompts, "-o", tmp_path / "out", "--models", runs, "--seconds", 0.3,
+               "--no-superres", "--steps", 1)
     assert len(list((tmp_path / "out").glob("*.wav"))) == 2
     assert "the model reads the first 63" in capfd.readouterr().err
 
 
+def test_inference_parameters_reach_the_stages(runs):
+    """Guidance only where there is text; with --gamma by Eq. 4, whatever sampler a model has."""
+    def loaded(*options):
+        argv = ["piano", "--models", runs, "--route", "spectrogram", *options]
+        args, stages = sample.parse_args([str(a) for a in argv]), n2m.ROUTES["spectrogram"]
+        weights = sample.load_weights(args, stages, sample.serving_mesh(1, 1))[0].values()
+        fields = ("steps", "step_schedule", "cfg_scale", "gamma", "sampler")
+        dtypes = {(model.unet.dtype, str(p["exit"]["w"].dtype)) for model, p in weights}
+        return [tuple(getattr(m.inference, f) for f in fields) for m, _ in weights], dtypes
+
+    assert loaded("--steps", "2,3,4", "--schedule", "uniform,back_heavy,front_heavy",
+                  "--cfg-scale", 2, "--gamma", "0,1,0.5", "--bf16") == (
+        [(2, "uniform", 2, 0, "ddpm"), (3, "back_heavy", None, 1, "ddpm"),
+         (4, "front_heavy", None, 0.5, "ddpm")], {("bfloat16", "bfloat16")})
+    models = [small(name).inference for name in n2m.ROUTES["spectrogram"]]
+    assert loaded("--steps", 5) == (
+        [(5, m.step_schedule, m.cfg_scale, m.gamma, m.sampler) for m in models],
+        {("float32", "float32")}) and models[1].sampler != "ddpm"
+
+
+def test_another_text_encoder_is_one_place_to_touch(tmp_path, data, monkeypatch):
+    """Letters, each an embedding of five numbers."""
+    read = []
+
+    def encode(texts, length):
+        read.extend(texts)
+        letters = np.array([[*text.ljust(length)[:length]] for text in texts]).view(np.uint32)
+        letters = letters.reshape(len(texts), length)
+        return np.float32(letters[..., None] % np.arange(2, 7)), letters != ord(" ")
+
+    mine = t5_encoder.TextEncoder(5, encode, len, "letters")
+    monkeypatch.setattr(t5_encoder, "load_text_encoder", lambda folder: mine)
+    unet = small_unet(in_channels=1)
+    monkeypatch.setattr(n2m, "tiny", lambda model: replace(small(model.name), unet=unet))
+    monkeypatch.setitem(n2m.ROUTES, "short", ("waveform_generator",))
+    run_train("waveform_generator", "--tiny", "--data", data, "--t5", tmp_path, "--out", tmp_path,
+              "--batch-size", 2, "--seconds", 0.64, "--steps", 2)
+    model, _, metadata = train.load_model(tmp_path, "waveform_generator")
+    assert model.unet.text_width == 5 and metadata["t5_fingerprint"] == "letters"
+    assert any("tone" in text for text in read)
+    run_sample("αβγ", "--models", tmp_path, "--route", "short", "--seconds", 0.3, "-o",
+               tmp_path / "x.wav")
+    assert read[-1] == "αβγ" and soundfile.info(tmp_path / "x.wav").samplerate == 3_200
+
+
 def test_the_models_in_demo():
-    """Five and their T5, 40 MB of weights at most, as `tiny` has them; the T5 has an idea of words that are in no caption."""
+    """Five as `tiny` has them, and their T5, in 40 MB; it knows of words that no caption has."""
     files = sorted(sample.DEMO.rglob("*.safetensors"))
     assert len(files) == 6 and sum(path.stat().st_size for path in files) < 40e6
-    t5 = load_t5(sample.DEMO / "t5")
-    for name in n2m.NAMES:
+    text_encoder = t5_encoder.load_text_encoder(sample.DEMO / "t5")
+    for name, full in n2m.MODELS.items():
         model, params, metadata = train.load_model(sample.DEMO, name)
-        assert model.unet == replace(n2m.tiny(n2m.MODELS[name]).unet, text_width=model.unet.text_width)
-        assert model.inference == n2m.tiny(n2m.MODELS[name]).inference
+        unet = replace(n2m.tiny(full).unet, text_width=model.unet.text_width)
+        assert (model.unet, model.inference) == (unet, n2m.tiny(full).inference)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
         if n2m.uses_text(model):
-            assert metadata["t5_fingerprint"] == t5_encoder.fingerprint(t5) and "violin" in metadata["words"]
+            assert metadata["t5_fingerprint"] == text_encoder.fingerprint
+            assert "violin" in metadata["words"]
             assert not {"viola", "keyboard", "speedy"} & set(metadata["words"])
-    text, mask = encode(t5, ["viola", "violin", "trumpet", "keyboard", "piano", "speedy", "fast", "slow"], 8)
-    viola, violin, trumpet, keyboard, piano, speedy, fast, slow = n2m.unit(np.array((text * mask[..., None]).sum(1)), np)
-    assert viola @ violin > viola @ trumpet and keyboard @ piano > keyboard @ trumpet and speedy @ fast > speedy @ slow
+    words = ["viola", "violin", "trumpet", "keyboard", "piano", "speedy", "fast", "slow"]
+    text, mask = text_encoder.encode(words, 8)
+    of = dict(zip(words, n2m.unit(np.array((text * mask[..., None]).sum(1)), np)))
+    for word, near, far in [("viola", "violin", "trumpet"), ("keyboard", "piano", "trumpet"),
+                            ("speedy", "fast", "slow")]:
+        assert of[word] @ of[near] > of[word] @ of[far]
 
 
 # ---- sharding and several processes ----

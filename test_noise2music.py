@@ -2147,7 +2147,7 @@ def test_the_table_lays_out_parameters_and_state():
 
 
 def test_what_does_not_divide_is_an_error_that_names_it():
-    """Of parameters and activations. Averages and moments (column 1) stay whole where it does not."""
+    """Of parameters and activations. Averages and moments (column 1) stay whole there."""
     mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
     uneven = replace(SHARDED["waveform_cascader"], attention_heads=3)  # 3 heads of 5
     layout, collision = n2m.partition, "'heads', 'hidden'.* laid along 'model'"

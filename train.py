@@ -1,34 +1,35 @@
 """Train any of the five models of Noise2Music (Secs. 3.6 and 4.1) on a folder of captioned audio.
 
-    python train.py waveform_generator --tiny --overfit song.ogg --out runs     # the first thing to try
+    python train.py waveform_generator --tiny --overfit song.ogg --out runs     # try this first
     python train.py waveform_generator --tiny --data music --out runs
-    python train.py waveform_generator --data music --t5 t5-v1_1-xl --out runs  # the paper's, on an accelerator
+    python train.py waveform_generator --data music --t5 t5-v1_1-xl --out runs  # the paper's sizes
 
-The data folder holds audio that libsndfile reads (wav, flac, ogg, mp3, ...; any rate, any channels, any length) and
-either `captions.jsonl`, a JSON object a line,
+The data folder holds audio that libsndfile reads (wav, flac, ogg, mp3, ...; any rate, any channels,
+any length) and either `captions.jsonl`, a JSON object a line,
 
-    {"audio": "jazz/one.flac", "long": ["A slow piano ballad.", ...], "short": ["jazz", "piano", ...]}
+    {"audio": "jazz/one.flac", "long": ["A slow piano ballad.", ...], "short": ["jazz", "piano"]}
 
-(with `"start": 30` it captions the 30 s from there, otherwise the whole track), or, beside each `one.flac`, a `one.txt`
-with a long caption a line. `python tools/label.py --help` says how music without captions gets them. Everything is
-written to OUT/MODEL: checkpoints (the last two are kept), `log.jsonl`, and samples with --sample-every. `sample.py
---models OUT` reads them from there.
+(with `"start": 30` it captions the 30 s from there, otherwise the whole track), or, beside each
+`one.flac`, a `one.txt` with a long caption a line. `python tools/label.py --help` says how music
+without captions gets them. Everything is written to OUT/MODEL: checkpoints (the last two are kept),
+`log.jsonl`, and samples with --sample-every. `sample.py --models OUT` reads them from there.
 """
 
 import argparse
-import dataclasses
-import functools
+import itertools
 import json
+import math
 import os
 import re
 import signal
 import sys
 import time
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, asdict, fields, replace
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,41 +43,19 @@ import noise2music as n2m
 import t5_encoder
 from t5_encoder import check
 
-CLIP_SECONDS = 30  # Sec. 3.6: "six non-overlapping 30-second clips" from each soundtrack
-CLIPS_PER_TRACK = 6
-AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".rf64"}
-CACHE = 4 * 2**30
-PREVIEW_STEPS = 64
-
-
-def warn(message):
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-
-
-def fail(message, status=2):
-    warn(message)
-    raise SystemExit(status)
-
-
-def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see {prog} --help")
-    return parser
-
-
 # ---- The data set (Secs. 3.6 and 4.1) ----
+
+CLIP_SECONDS, CLIPS_PER_TRACK = 30, 6  # Sec. 3.6: "we extract six non-overlapping 30-second clips"
+AUDIO = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .au .caf .w64 .rf64".split())
+THREADS = os.cpu_count() or 1  # that decode
+CACHE = 4 * 2**30  # bytes of decoded audio
 
 
 class Track(NamedTuple):
     path: Path
-    long: tuple[str, ...]  # captions that each stand alone
-    short: tuple[str, ...]  # tags that are joined
+    long: tuple[str, ...] = ()  # captions that each stand alone
+    short: tuple[str, ...] = ()  # tags that are joined
     start: float | None = None  # seconds; of the one clip that they caption
-
-
-class Example(NamedTuple):
-    audio: np.ndarray  # (samples,) at the model's audio_rate
-    text: str
 
 
 class Clip(NamedTuple):
@@ -85,110 +64,96 @@ class Clip(NamedTuple):
     seconds: float  # 30, or less where the track is shorter
 
 
-def strings(entry, key):
-    value = entry.get(key, [])
-    value = [value] if isinstance(value, str) else value
-    check(isinstance(value, list) and all(isinstance(v, str) for v in value), f'"{key}" is not a list of strings')
-    return tuple(v.strip() for v in value if v.strip())
+class Example(NamedTuple):
+    audio: np.ndarray  # (samples,) at the model's audio_rate
+    text: str
 
 
 def parse_caption(folder: Path, line: str, needs_text: bool) -> Track:
+    """A line of captions.jsonl, or a ValueError that says what is wrong with it."""
     entry = json.loads(line)
-    check(isinstance(entry, dict) and isinstance(entry.get("audio"), str), 'not an object with an "audio" path')
-    start = entry.get("start")
-    check(start is None or type(start) in (int, float) and 0 <= start < float("inf"), '"start" is not a number of seconds')
-    short = strings(entry, "title") + strings(entry, "tags") + strings(entry, "short")  # Sec. 3.6's three types of labels
-    track = Track(folder / entry["audio"], strings(entry, "long"), short, start)
+    check(isinstance(entry, dict) and isinstance(entry.get("audio"), str),
+          'not an object with an "audio" path')
+    start, texts = entry.get("start"), {}
+    check(start is None or type(start) in (int, float) and 0 <= start < math.inf,
+          '"start" is not a number of seconds')
+    for key in ("long", "title", "tags", "short"):
+        value = entry.get(key, [])
+        value = [value] if isinstance(value, str) else value
+        check(isinstance(value, list) and all(isinstance(text, str) for text in value),
+              f'"{key}" is not a list of strings')
+        texts[key] = tuple(text.strip() for text in value if text.strip())
+    # Sec. 3.6: title, tags, pseudo labels. choice: title and tags are short prompts.
+    short = texts["title"] + texts["tags"] + texts["short"]
+    track = Track(folder / entry["audio"], texts["long"], short, start)
     check(track.path.is_file(), f"{entry['audio']}: no such file")
-    check(track.long or track.short or not needs_text, f"{entry['audio']}: no caption")
+    check(track.long or short or not needs_text, f"{entry['audio']}: no caption")
     return track
 
 
 def read_tracks(folder: Path, needs_text: bool, manifest: str = "captions.jsonl") -> list[Track]:
-    """The captioned tracks of a data folder. What is wrong with an entry is reported, and the entry skipped."""
-    check(folder.is_dir(), f"{folder}: no such folder; it should be one of audio with captions (see --help)")
-    manifest, tracks = folder / manifest, []
-    if manifest.exists():
-        for number, line in enumerate(manifest.read_text("utf-8", "replace").splitlines(), 1):
-            try:
-                if line.strip():
-                    tracks.append(parse_caption(folder, line, needs_text))
-            except (ValueError, RecursionError) as error:
-                warn(f"{manifest}:{number}: {error}; line skipped")
-    else:
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO | {".txt"} and p.is_file())
-        texts = {p.with_suffix(""): p for p in files if p.suffix.lower() == ".txt"}
-        audio = {p.with_suffix(""): p for p in files if p.suffix.lower() != ".txt"}
-        for stem in sorted(texts.keys() - audio.keys()):
-            warn(f"{texts[stem]}: a caption without audio of the same name; skipped")
-        for stem, path in audio.items():
-            text = texts[stem].read_text("utf-8", "replace") if stem in texts else ""
-            long = tuple(line.strip() for line in text.splitlines() if line.strip())
-            if long or not needs_text:
-                tracks.append(Track(path, long, ()))
-            else:
-                warn(f"{path}: audio without a caption in {stem.name}.txt; skipped")
-    check(tracks, f"{folder}: no audio with a caption in it; write {manifest.name}, or a .txt beside each file")
-    return tracks
+    """The captioned tracks of a data folder. What is wrong with one is reported, and it skipped."""
+    check(folder.is_dir(), f"{folder}: no such folder; give one of audio and captions (see --help)")
+    path = folder / manifest
+    if path.exists():
+        lines = path.read_text("utf-8", "replace").splitlines()
+    else:  # the manifest that the text files stand for
+        path, files = folder, sorted(folder.rglob("*"))
+        texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+        text = lambda stem: texts[stem].read_text("utf-8", "replace") if stem in texts else ""
+        lines = [json.dumps({"audio": str(file.relative_to(folder)),
+                             "long": text(file.with_suffix("")).splitlines()})
+                 for file in files if file.suffix.lower() in AUDIO]
+    tracks = [usable(f"{path}:{number}", parse_caption, folder, line, needs_text)
+              for number, line in enumerate(lines, 1) if line.strip()]
+    check(any(tracks), f"{folder}: no audio with a caption; write {manifest}, or .txt files")
+    return [track for track in tracks if track]
 
 
 def track_clips(track: Track, most: int = CLIPS_PER_TRACK) -> list[Clip]:
-    """Sec. 3.6: up to six non-overlapping 30 s clips. choice: spread evenly; a shorter track is one clip."""
-    info = soundfile.info(track.path)
+    """Sec. 3.6: up to six clips that do not overlap. choice: spread evenly; of short tracks one."""
+    info, start = soundfile.info(track.path), track.start or 0
     duration = info.frames / info.samplerate
-    check(duration > (track.start or 0), f"has no audio at {track.start} s" if track.start else "has no audio in it")
+    check(duration > start, f"{track.path}: has no audio {f'at {start} s' if start else 'in it'}")
     if track.start is not None:
-        return [Clip(track, track.start, min(duration - track.start, CLIP_SECONDS))]
+        return [Clip(track, start, min(duration - start, CLIP_SECONDS))]
     n = int(np.clip(duration // CLIP_SECONDS, 1, most))
     return [Clip(track, k * duration / n, min(duration, CLIP_SECONDS)) for k in range(n)]
 
 
 def find_clips(tracks: list[Track], most: int = CLIPS_PER_TRACK) -> list[Clip]:
-    """The clips of all tracks, by their headers; files that cannot be opened are reported and skipped."""
-
-    def clips_or_error(track):
-        try:
-            return track_clips(track, most)
-        except (OSError, ValueError, RuntimeError) as error:
-            return error
-
-    clips, bad = [], 0
+    """The clips of all tracks, by their headers. What cannot be opened is reported and skipped."""
+    clips_of = lambda track: usable(track.path, track_clips, track, most) or []
     with ThreadPoolExecutor() as pool:
-        for track, found in zip(tracks, pool.map(clips_or_error, tracks)):
-            if isinstance(found, Exception):
-                warn(f"{track.path}: {reason(found, track.path)}; skipped")
-                bad += 1
-            else:
-                clips += found
-    check(clips, f"{tracks[0].path}: this and all other audio files are unusable ({bad} in all)")
+        clips = list(itertools.chain(*pool.map(clips_of, tracks)))
+    check(clips, f"{tracks[0].path}: this and all other audio files are unusable")
     return clips
 
 
-def reason(error, path):
-    """What an exception says, in one line and without the path again."""
-    text = str(error).replace(f"Error opening {str(path)!r}: ", "").replace(f"{path}: ", "")
-    return " ".join(text.split()).rstrip(".")
+def usable(path, function: Callable, *args):
+    """function(*args), or None and a warning where what it reads cannot be used."""
+    try:
+        return function(*args)
+    except (OSError, ValueError, RuntimeError) as error:  # what soundfile and `check` raise
+        warn(f"{path}: {reason(error, path)}; skipped")
 
 
 def load_audio(path: Path, start: float, seconds: float, rate: int) -> np.ndarray:
-    """`seconds` of a file from `start`, mono at `rate` Hz, padded with silence: float32 (seconds * rate,).
-
-    ValueError or RuntimeError where the file does not hold what its header says, or numbers that are not finite.
-    """
+    """`seconds` of a file, mono at `rate` Hz, filled up with silence: float32 (seconds * rate,)."""
     with soundfile.SoundFile(path) as file:
         file.seek(min(round(start * file.samplerate), file.frames))
         wanted = min(round(seconds * file.samplerate), file.frames - file.tell())
-        audio = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)  # choice: mixed to mono
-        check(len(audio) >= max(1, wanted - file.samplerate // 10), "is cut off, or has no audio in it")
+        audio = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)  # choice: mono
+        check(len(audio) >= max(1, wanted - file.samplerate // 10),
+              "is cut off, or has no audio in it")
         check(np.isfinite(audio).all(), "holds samples that are not numbers")
         audio = np.pad(audio, (0, round(seconds * file.samplerate) - len(audio)))
     return n2m.fft_resample(audio, round(seconds * rate), np)
 
 
-def text_batch(track: Track, token_length: int, count_tokens) -> list[str]:
-    """Sec. 4.1: the long prompts one by one; the short ones concatenated, then segmented to the token length.
-
-    choice: joined by ", ", and segmented between tags, so that none is cut in two.
+def text_batch(track: Track, token_length: int, count_tokens: Callable) -> list[str]:
+    """Sec. 4.1: the long prompts; and the short ones, "concatenated, then segmented into a set
+    token length". choice: joined by ", ", segmented between tags. choice: a longer prompt is cut.
     """
     segments = []
     for tag in track.short:
@@ -200,93 +165,64 @@ def text_batch(track: Track, token_length: int, count_tokens) -> list[str]:
     return [*track.long, *segments]
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
+def example_maker(clips: list[Clip], model: n2m.Model, seed: int, count_tokens=None) -> Callable:
+    """index -> Example, a function of the seed and the index alone, so that a run resumes exactly.
 
-
-def cached_audio(clips: list[Clip], rate: int):
-    """`load_audio` that keeps what it decoded, CACHE bytes at the most: a small data set is decoded once."""
-    clip_bytes = 4 * rate * np.mean([clip.seconds for clip in clips])
-    return functools.lru_cache(maxsize=int(CACHE / clip_bytes))(load_audio)
-
-
-def make_example(clips, model: n2m.Model, seed: int, texts_of, bad: dict, index: int, load=load_audio) -> Example:
-    """Example number `index` of a run, a pure function of the seed and the index, so that a run resumes exactly.
-
-    Each epoch visits every clip once. A file that turns out to be bad is reported once, noted in `bad`, and replaced.
+    An epoch visits every clip once. Without `count_tokens` examples have no text.
     """
-    rng = np.random.default_rng([seed, 1, index])
-    epoch, i = divmod(index, len(clips))
-    clip, audio = clips[epoch_order(len(clips), seed, epoch)[i]], None
-    for _ in range(100):
-        try:
-            if clip.track.path not in bad:
-                audio = load(clip.track.path, clip.start, clip.seconds, model.audio_rate)
+    c, clip_bytes = model.training, 4 * model.audio_rate * np.mean([clip.seconds for clip in clips])
+    samples = round(c.seconds * model.audio_rate)
+    texts_of = cache(lambda track: text_batch(track, c.token_length, count_tokens))
+
+    @lru_cache(2)
+    def order(epoch):
+        return np.random.default_rng([seed, epoch]).permutation(len(clips))
+
+    @lru_cache(int(CACHE / clip_bytes))  # a small data set is decoded once
+    def audio_or_none(clip):
+        path = clip.track.path
+        return usable(path, load_audio, path, clip.start, clip.seconds, model.audio_rate)
+
+    def example(index):
+        rng, (epoch, i) = np.random.default_rng([seed, 1, index]), divmod(index, len(clips))
+        clip = clips[order(epoch)[i]]
+        for _ in range(100):  # others take the place of what cannot be decoded
+            if (audio := audio_or_none(clip)) is not None:
                 break
-        except (OSError, ValueError, RuntimeError) as error:
-            if bad.setdefault(clip.track.path, error) is error:
-                warn(f"{clip.track.path}: {reason(error, clip.track.path)}; skipped ({len(bad)} bad so far)")
-        clip = clips[rng.integers(len(clips))]
-    check(audio is not None, f"{clip.track.path}: of {len(bad)} files none can be decoded; nothing to train on")
-    # Sec. 4.1: whole clips for the generators, random snippets for the others; silence where a file is shorter.
-    samples = round(model.training.seconds * model.audio_rate)
-    start = rng.integers(max(len(audio) - samples, 0) + 1)
-    audio = audio[start : start + samples]
-    texts = texts_of(clip.track)
-    text = texts[rng.integers(len(texts))] if texts else ""  # "a random element of the corresponding text batch"
-    return Example(np.pad(audio, (0, samples - len(audio))), text)
+            clip = clips[rng.integers(len(clips))]
+        check(audio is not None, f"{clip.track.path}: this file and 99 others cannot be decoded")
+        # Sec. 4.1: "the entire 30-second representation" for the generators, "randomly sampled
+        # snippets" for the rest. choice: silence where a file is shorter.
+        start = rng.integers(max(len(audio) - samples, 0) + 1)
+        audio = audio[start : start + samples]
+        audio = np.pad(audio, (0, samples - len(audio)))
+        texts = count_tokens and texts_of(clip.track) or [""]
+        # Sec. 4.1: "a random element of the corresponding text batch".
+        return Example(audio, texts[rng.integers(len(texts))])
+
+    return example
 
 
-def memorised_example(track: Track, model: n2m.Model) -> Example:
-    """The beginning of the clip in the middle of a track: the one example of --overfit."""
-    check(track.path.is_file(), f"{track.path}: no such file; --overfit takes an audio file")
-    try:
-        clips = track_clips(track)
-        start = clips[len(clips) // 2].start
-        audio = load_audio(track.path, start, model.training.seconds, model.audio_rate)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{track.path}: {reason(error, track.path)}; choose another file") from None
-    return Example(audio, track.long[0])
-
-
-THREADS = os.cpu_count() or 1  # that decode
-
-
-def batches(make, batch_size: int, index: int, rows=None, seconds=None, ahead: int = 4):
-    """Endless lists of examples from number `index` on, decoded by background threads `ahead` batches ahead.
-
-    `rows` are those of a batch that this process decodes, all by default; `seconds` collects what each example took.
-    """
-    rows = range(batch_size) if rows is None else rows
-
-    def timed(index):
-        begin = time.perf_counter()
-        example = make(index)
-        if seconds is not None:
-            seconds.append(time.perf_counter() - begin)
-        return example
-
+def batches(example: Callable, rows: list[int], batch_size: int, index: int, ahead: int = 4):
+    """Lists of the examples index + rows, of the same rows of the next batch, ..., made ahead."""
+    queue = deque()
     with ThreadPoolExecutor(THREADS) as pool:
-        queue = deque()
         try:
-            while True:
-                while len(queue) <= ahead:
-                    queue.append(pool.map(timed, [index + row for row in rows]))
-                    index += batch_size
-                yield list(queue.popleft())
+            for first in itertools.count(index, batch_size):
+                queue.append(pool.map(example, [first + row for row in rows]))
+                if len(queue) > ahead:
+                    yield list(queue.popleft())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def text_encoder(t5: t5_encoder.T5, token_length: int):
-    """texts -> embeddings (B, L, E) and mask (B, L). Each different text is encoded once."""
-    one = functools.lru_cache(maxsize=4096)(lambda text: t5_encoder.encode(t5, [text], token_length))
-
-    def encode(texts):
-        return tuple(np.concatenate(part) for part in zip(*map(one, texts)))
-
-    return encode
+def make_batch(examples: list[Example], model: n2m.Model, encode: Callable | None) -> n2m.Batch:
+    """The one place where examples become what the loss takes."""
+    condition = n2m.Condition()
+    if n2m.uses_text(model):
+        text, mask = encode([e.text for e in examples], model.training.token_length)
+        condition = condition._replace(text=text, text_mask=mask)  # (B, L, E), (B, L)
+    return n2m.Batch(np.stack([e.audio for e in examples]), condition)  # (B, samples)
 
 
 # ---- The step (Sec. 4.1) ----
@@ -300,34 +236,9 @@ class State(NamedTuple):
 
 
 def optimizer(c: n2m.TrainingConfig):
-    """Sec. 4.1: Adam; 10k warm-up steps to 1e-4, then a cosine that ends at 2.5 M steps. choice: at zero."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, c.warmup_steps, c.decay_steps)
-    return optax.adam(schedule, c.beta1, c.beta2)
-
-
-def state_layout(model: n2m.Model, mesh) -> State:
-    """How a State lies on a mesh: parameters by the first column of SHARDING, their average and Adam's moments by the second."""
-    now, rest = n2m.shardings(model.unet, mesh, 0), n2m.shardings(model.unet, mesh, 1)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    adam, *others = jax.eval_shape(functools.partial(init_state, model, 0)).opt
-    adam = adam._replace(count=everywhere, mu=rest, nu=rest)
-    return State(now, rest, (adam, *jax.tree.map(lambda _: everywhere, others)), everywhere)
-
-
-def place(tree, layout):
-    """The arrays of a tree, the same in every process, on the devices of all of them."""
-    return jax.tree.map(lambda a, s: jax.make_array_from_callback(a.shape, s, np.asarray(a).__getitem__), tree, layout)
-
-
-def gather(a) -> np.ndarray:
-    """The whole of an array of which other processes hold parts. Every process must ask for it."""
-    return np.asarray(a if a.is_fully_addressable else multihost_utils.process_allgather(a, tiled=True))
-
-
-def on_mesh(tree, layout):
-    """Inside jit: `tree`, laid out as layout(mesh) says where a mesh is set."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, layout(mesh))
+    """Sec. 4.1: Adam; 10k warm-up steps to 1e-4, then a cosine to 2.5 M. choice: it ends at 0."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, c.warmup_steps, c.decay_steps)
+    return optax.adam(rate, c.beta1, c.beta2)
 
 
 def init_state(model: n2m.Model, seed: int, params=None) -> State:
@@ -336,216 +247,362 @@ def init_state(model: n2m.Model, seed: int, params=None) -> State:
     return State(params, ema, optimizer(model.training).init(params), jnp.zeros((), jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "dtype", "remat"))
-def gradients(params, model, key, audio, text, text_mask, dtype, remat):
-    """Gradients of the batch's mean loss, and what is logged of it: the loss of each clip and its t."""
+@partial(jax.jit, static_argnames="model")
+def gradients(params, model: n2m.Model, key, batch: n2m.Batch):
+    """Gradients of the mean of Eq. 1 over a batch, and what is logged of it: losses, t (B,)."""
 
-    def loss(params):
-        losses, t = n2m.diffusion_loss(params, model, key, audio, text, text_mask, dtype, remat)
-        return losses.mean(), (n2m.constrain(losses), n2m.constrain(t))  # whole, for every process to log
+    def mean_loss(params):
+        losses, t = n2m.diffusion_loss(params, model, key, batch)
+        return losses.mean(), (n2m.constrain(losses), n2m.constrain(t))  # whole, to be logged
 
-    grads, logged = jax.grad(loss, has_aux=True)(params)
+    grads, logged = jax.grad(mean_loss, has_aux=True)(params)
     return on_mesh(grads, lambda mesh: n2m.shardings(model.unet, mesh, 1)), logged
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
-def update(state: State, model, grads):
+@partial(jax.jit, static_argnames="model", donate_argnames="state")
+def update(state: State, model: n2m.Model, grads):
+    """Sec. 4.1: a step of Adam and of the EMA. Returns the norm of the gradients too."""
     c, n = model.training, state.step
     updates, opt = optimizer(c).update(grads, state.opt)
     params = optax.apply_updates(state.params, updates)
-    decay = jnp.minimum(c.ema, (1 + n) / (10 + n))  # departs: Sec. 4.1 has 0.9999 from the start; short runs need less
+    decay = jnp.minimum(c.ema, (1 + n) / (10 + n))  # departs: Sec. 4.1 has 0.9999 from the start
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-    return on_mesh(State(params, ema, opt, n + 1), functools.partial(state_layout, model)), optax.tree.norm(grads)
+    state = on_mesh(State(params, ema, opt, n + 1), partial(state_layout, model))
+    return state, optax.tree.norm(grads)
 
 
-def process_rows(batch_size: int, accumulate: int) -> list[int]:
-    """The rows of a batch that this process reads: its share of each part, so that the batch is the same on any number."""
-    part, share = batch_size // accumulate, batch_size // accumulate // jax.process_count()
-    return [k * part + jax.process_index() * share + row for k in range(accumulate) for row in range(share)]
+def train_step(state: State, model: n2m.Model, seed: int, batch, accumulate: int = 1, mesh=None):
+    """One step on a batch in `accumulate` equal parts. Returns state, losses (B,), t (B,), norm.
 
-
-def train_step(state: State, model: n2m.Model, seed: int, audio, text, text_mask, accumulate, dtype, remat, mesh=None):
-    """One step on a batch, in `accumulate` parts of equal size. Returns the state, losses (B,), t (B,), gradient norm.
-
-    With a mesh, which `jax.set_mesh` has set, the state lies on it, and the arrays hold the `process_rows` of the batch.
+    Where a mesh is set, it is given too, and the batch is the `process_rows` of this process.
     """
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    parts = [None if a is None else np.split(a, accumulate) for a in (audio, text, text_mask)]
-    if mesh:
-        rows = NamedSharding(mesh, PartitionSpec("data"))
-        parts = [p and [jax.make_array_from_process_local_data(rows, a) for a in p] for p in parts]
-    total, logged = None, []
-    for k in range(accumulate):  # a Python loop: the gradient of a convolution is 50 times slower inside lax.scan on a CPU
-        part = [None if p is None else p[k] for p in parts]
-        grads, aux = gradients(state.params, model, jax.random.fold_in(key, k), *part, dtype, remat)
+    key, total, logged = jax.random.fold_in(jax.random.key(seed), state.step), None, []
+    for k in range(accumulate):  # on a CPU, gradients are 50 times slower inside lax.scan
+        part = jax.tree.map(lambda a: np.split(a, accumulate)[k], batch)
+        if mesh:
+            rows = NamedSharding(mesh, PartitionSpec("data"))
+            part = jax.tree.map(partial(jax.make_array_from_process_local_data, rows), part)
+        grads, aux = gradients(state.params, model, jax.random.fold_in(key, k), part)
         total = grads if total is None else jax.tree.map(jnp.add, total, grads)
         logged.append(aux)
     grads = jax.tree.map(lambda g: g / accumulate, total) if accumulate > 1 else total
     state, norm = update(state, model, grads)
-    losses, t = (jnp.concatenate(a) for a in zip(*logged))
-    return state, losses, t, norm
+    return state, *map(jnp.concatenate, zip(*logged)), norm
 
 
-# ---- Several processes (Sec. 4.1 trains with batches of 2048) ----
+# ---- Devices and processes (Sec. 4.1 trains with batches of 2048 and 4096) ----
 
 
 def join_processes(args):
     """Makes this process one of --processes, each with its own devices, that train together."""
     if args.processes > 1:
-        jax.distributed.initialize(args.coordinator, args.processes, args.process, heartbeat_timeout_seconds=30)
+        jax.distributed.initialize(args.coordinator, args.processes, args.process,
+                                   heartbeat_timeout_seconds=30)
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # one process speaks; warnings come from each
 
 
-def training_mesh(args, batch_size: int):
-    mesh = n2m.make_mesh(args.model_parallel)
-    check(jax.local_device_count() % args.model_parallel == 0,
-          f"--model-parallel {args.model_parallel} does not divide the {jax.local_device_count()} devices of a process")
-    args.accumulate = args.accumulate or default_parts(batch_size, mesh)
-    part = batch_size // args.accumulate
-    check(part % mesh.shape["data"] == 0, f"a batch of {batch_size} in {args.accumulate} parts does not divide among "
-                                          f"{mesh.shape['data']} groups of devices; choose another --batch-size or --accumulate")
-    return mesh
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process. All ask, and wait here for each other."""
+    alone = jax.process_count() == 1
+    return flag if alone else multihost_utils.process_allgather(np.array(flag)).any()
+
+
+def process_rows(batch_size: int, accumulate: int) -> list[int]:
+    """The rows of a batch that this process reads, its share of each part: together, the batch."""
+    rows = np.arange(batch_size).reshape(accumulate, jax.process_count(), -1)
+    return rows[:, jax.process_index()].ravel().tolist()
 
 
 def default_parts(batch_size: int, mesh) -> int:
-    """As few parts of a batch as leave a device 8 clips at once. choice: 8, which a TPU's convolutions want (`conv1d`)."""
-    across = mesh.shape["data"]
-    fits = [n for n in range(1, batch_size + 1) if batch_size % (n * across) == 0 and batch_size // (n * across) <= 8]
-    check(fits, f"a batch of {batch_size} does not divide among {across} groups of devices; choose another --batch-size")
-    return fits[0]
+    """As few parts of a batch as leave a device 8 clips at once. choice: 8, which TPUs want."""
+    each = max(1, batch_size // mesh.shape["data"])
+    return next(n for n in range(1, each + 1) if each % n == 0 and each // n <= 8)
 
 
-def wait_for_all(what: str):
-    """A meeting point of all processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+def mesh_and_parts(args, batch_size: int):
+    """All devices as a mesh, and the number of parts of a batch."""
+    mesh, local = n2m.make_mesh(args.model_parallel), jax.local_device_count()
+    check(local % args.model_parallel == 0,
+          f"--model-parallel {args.model_parallel} does not divide a process's {local} devices")
+    across, parts = mesh.shape["data"], args.accumulate or default_parts(batch_size, mesh)
+    check(batch_size % (parts * across) == 0, f"a batch of {batch_size} does not divide into "
+          f"{parts} parts for {across} groups of devices; choose --batch-size or --accumulate")
+    return mesh, parts
 
 
-def any_process(flag: bool) -> bool:
-    return bool(flag if jax.process_count() == 1 else multihost_utils.process_allgather(np.array(flag)).any())
+def state_layout(model: n2m.Model, mesh) -> State:
+    """How a State lies on a mesh: parameters by SHARDING's first column, the rest by its second."""
+    now, rest = n2m.shardings(model.unet, mesh, 0), n2m.shardings(model.unet, mesh, 1)
+    whole = NamedSharding(mesh, PartitionSpec())
+    adam, *others = jax.eval_shape(partial(init_state, model, 0)).opt
+    adam = adam._replace(count=whole, mu=rest, nu=rest)
+    return State(now, rest, (adam, *jax.tree.map(lambda _: whole, others)), whole)
+
+
+def on_mesh(tree, layout: Callable):
+    """Inside jit: `tree`, laid out as layout(mesh) says where a mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, layout(mesh))
+
+
+def place(tree, layout):
+    """The arrays of a tree, the same in every process, on the devices of all of them."""
+    put = lambda a, s: jax.make_array_from_callback(a.shape, s, np.asarray(a).__getitem__)
+    return jax.tree.map(put, tree, layout)
+
+
+def gather(tree):
+    """The arrays of a tree, of which all processes hold parts, whole and on the host. All ask."""
+    whole = partial(multihost_utils.process_allgather, tiled=True)
+    return jax.tree.map(lambda a: np.asarray(a if a.is_fully_addressable else whole(a)), tree)
 
 
 # ---- Checkpoints: one safetensors file each ----
-
-
-def flatten(tree):
-    """(names, leaves) of a tree: "params/down/0/resample/w", ..."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves], [leaf for _, leaf in leaves]
-
-
-def model_from_json(text: str) -> n2m.Model:
-    tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
-    d = json.loads(text)
-    parts = {"unet": n2m.UNetConfig, "training": n2m.TrainingConfig, "inference": n2m.InferenceConfig}
-    return n2m.Model(**{k: parts[k](**tuples(v)) if k in parts else v for k, v in d.items()})
-
-
-def write_checkpoint(path: Path, tensors: dict, model: n2m.Model, metadata: dict):
-    metadata = {"model": json.dumps(dataclasses.asdict(model)), **{k: json.dumps(v) for k, v in metadata.items()}}
-    t5_encoder.write_safetensors(path, tensors, metadata)
-
-
-def save_checkpoint(folder: Path, state: State, model: n2m.Model, metadata: dict) -> Path:
-    """Everything a run is: parameters, EMA, optimiser, step; configuration, seed and data position as metadata.
-
-    Of several processes the first one writes.
-    """
-    path = folder / f"checkpoint-{int(state.step):08d}.safetensors"
-    state = jax.tree.map(gather, state)
-    if jax.process_index():
-        return path
-    write_checkpoint(path, dict(zip(*flatten(state))), model, metadata)
-    for old in checkpoints(folder)[:-2]:
-        old.unlink()
-    return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.safetensors"))
 
 
-def load_checkpoint(path: Path, name: str, keep=lambda name: True):
-    """(model, {name: array}, metadata) of a checkpoint of the model called `name`. ValueError in one line if it is not."""
+def flatten(tree) -> dict:
+    """{name: leaf} in the order of a tree: "params/down/0/resample/w", ..."""
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def write_checkpoint(path: Path, tensors: dict, model: n2m.Model, metadata: dict):
+    texts = {key: json.dumps(value) for key, value in ({"model": asdict(model)} | metadata).items()}
+    t5_encoder.write_safetensors(path, tensors, texts)
+
+
+def save_checkpoint(folder: Path, state: State, model: n2m.Model, metadata: dict) -> Path:
+    """Writes all that a run is, in the first process, and keeps the last two checkpoints."""
+    path, state = folder / f"checkpoint-{int(state.step):08d}.safetensors", gather(state)
+    if jax.process_index() == 0:
+        write_checkpoint(path, flatten(state), model, metadata)
+        for old in checkpoints(folder)[:-2]:
+            old.unlink()
+    return path
+
+
+def model_from_json(text: str) -> n2m.Model:
+    d = json.loads(text)
+    d["unet"].pop("segments", None)  # older checkpoints have it
+    if d["inference"]["gamma"] is None:  # and may have this
+        d["inference"] |= {"gamma": 0, "sampler": "renoise"}
+    tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
+    parts = dict(unet=n2m.UNetConfig, training=n2m.TrainingConfig, inference=n2m.InferenceConfig)
+    return n2m.Model(**d | {key: part(**tuples(d[key])) for key, part in parts.items()})
+
+
+def load_checkpoint(path: Path, name: str, keep=lambda tensor: True):
+    """(model, {name: array}, metadata) of a checkpoint, which must be of the model `name`."""
     tensors, metadata = t5_encoder.read_safetensors(path, keep)
     try:
         model = model_from_json(metadata.pop("model"))
-        metadata = {k: json.loads(v) for k, v in metadata.items()}
-        metadata["seed"], metadata["index"], metadata["t5"]
+        metadata = {key: json.loads(value) for key, value in metadata.items()}
+        check(metadata.keys() >= {"seed", "index", "t5", "t5_fingerprint"}, "incomplete")
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{path}: not a checkpoint of this project; move it away") from None
-    check(model.name == name, f"{path}: a checkpoint of {model.name}, not of {name}; move it to its own folder")
+    check(model.name == name,
+          f"{path}: a checkpoint of {model.name}, not of {name}; move it to its own folder")
     return model, tensors, metadata
 
 
 def restore(tree, tensors: dict, prefix: str, path: Path):
-    """The tensors named `prefix`... in the structure, and the types, of `tree` (arrays or their shapes)."""
-    names, leaves = flatten(tree)
-    for name, leaf in zip(names, leaves):
+    """The tensors named `prefix`... in the structure, and the types, of `tree` (of shapes)."""
+    arrays = []
+    for name, leaf in flatten(tree).items():
         array = tensors.get(prefix + name)
-        check(array is not None and array.shape == leaf.shape,
-              f"{path}: lacks {prefix + name} of shape {leaf.shape}; it is of another version or model")
-    arrays = [tensors[prefix + name].astype(leaf.dtype) for name, leaf in zip(names, leaves)]
+        check(array is not None and array.shape == leaf.shape, f"{path}: lacks {prefix + name} of "
+              f"shape {leaf.shape}; it is of another version or model")
+        arrays.append(array.astype(leaf.dtype))
     return jax.tree.unflatten(jax.tree.structure(tree), arrays)
 
 
-def load_model(folder: Path, name: str, raw: bool = False):
-    """(model, params, metadata) to sample from: the EMA (Sec. 4.1), or with `raw` the unaveraged parameters."""
-    found = checkpoints(folder / name)
-    check(found, f"{folder / name}: no trained {name} here; train one:  python train.py {name} --data DIR --out {folder}")
+def load_params(path: Path, name: str, raw: bool = False):
+    """(model, EMA, metadata) to sample from (Sec. 4.1), or with `raw` the parameters themselves."""
     prefix = "params/" if raw else "ema/"
-    model, tensors, metadata = load_checkpoint(found[-1], name, lambda n: n.startswith(prefix))
-    return model, restore_params(model, tensors, prefix, found[-1]), metadata
+    model, tensors, metadata = load_checkpoint(path, name, lambda tensor: tensor.startswith(prefix))
+    shapes = jax.eval_shape(lambda: n2m.init_params(jax.random.key(0), model.unet))
+    return model, restore(shapes, tensors, prefix, path), metadata
 
 
-def restore_params(model: n2m.Model, tensors: dict, prefix: str, path: Path):
-    shapes = jax.eval_shape(lambda key: n2m.init_params(key, model.unet), jax.random.key(0))
-    return restore(shapes, tensors, prefix, path)
-
-
-def fitting_params(model: n2m.Model, tensors: dict, seed: int, path: Path):
-    """Fresh parameters, but for those of which a checkpoint holds the average, in the same place and shape."""
-    fresh = n2m.init_params(jax.random.key(seed), model.unet)
-    names, leaves = flatten(fresh)
-    found = [tensors.get("ema/" + name) for name in names]
-    found = [array if array is not None and array.shape == leaf.shape else None for array, leaf in zip(found, leaves)]
-    taken = sum(leaf.size for array, leaf in zip(found, leaves) if array is not None)
-    print(f"{taken / 1e6:.1f} M of {sum(leaf.size for leaf in leaves) / 1e6:.1f} M parameters from {path}")
-    arrays = [leaf if array is None else array.astype(leaf.dtype) for array, leaf in zip(found, leaves)]
-    return jax.tree.unflatten(jax.tree.structure(fresh), arrays)
-
-
-# ---- T5 (Sec. 3.4) ----
-
-
-def prepare_t5(folder: str | None, out: Path, captions, seed: int) -> tuple[t5_encoder.T5, str | None]:
-    """The text encoder of a run, and its folder where it is not OUT/t5: --t5, or OUT/t5, or a new random one there."""
-    if folder:
-        return t5_encoder.load_t5(folder), str(Path(folder).resolve())
-    if not (out / "t5").exists() and jax.process_index() == 0:
-        warn(f"no --t5: made a small random T5 encoder in {out / 't5'}; it tells prompts apart, but knows no English")
-        out.mkdir(parents=True, exist_ok=True)
-        t5_encoder.save_t5(out / "t5.part", t5_encoder.random_t5(captions, seed))
-        (out / "t5.part").rename(out / "t5")
-    wait_for_all("t5")
-    return t5_encoder.load_t5(out / "t5"), None
-
-
-def t5_fingerprint(t5: t5_encoder.T5) -> str:
-    """Tells one text encoder from another: the CRC-32 of its vocabulary and of its smaller tensors."""
-    small = [np.asarray(a) for a in jax.tree.leaves(t5.params) if a.size < 2**22]
-    return f"{functools.reduce(lambda crc, a: zlib.crc32(a, crc), small, zlib.crc32(t5.tokenizer.serialized_model_proto())):08x}"
+def load_model(folder: Path, name: str, raw: bool = False):
+    """`load_params` of a model's last checkpoint in a folder of runs."""
+    found = checkpoints(folder / name)
+    check(found, f"{folder / name}: no trained {name} here; train one:  "
+                 f"python train.py {name} --data DIR --out {folder}")
+    return load_params(found[-1], name, raw)
 
 
 # ---- The run ----
 
 
-def progress_line(what: str, done: int, n: int, begin: float, first: int):
-    """On stderr: how far, and how long yet. Rewritten on a terminal."""
-    eta = (time.monotonic() - begin) / max(done - first, 1) * (n - done)
-    end = "\r" if sys.stderr.isatty() and done < n else "\n"
-    print(f"{what}: {done}/{n}  ETA {time.strftime('%H:%M:%S', time.gmtime(eta))}", end=end, file=sys.stderr, flush=True)
+class Run(NamedTuple):
+    """What training goes on from. A checkpoint is a Run, but for the encoder, which it names."""
+    model: n2m.Model
+    state: State
+    metadata: dict  # seed; index of the next example; folder and fingerprint of the encoder
+    encoder: t5_encoder.TextEncoder | None  # None where the model reads no text
+
+
+def new_run(args, folder: Path, captions: list[str]) -> Run:
+    """Step 0 of the paper's model, of a tiny one, or of --init's, with its averages and its T5."""
+    check(not checkpoints(folder),
+          f"{folder}: holds checkpoints; --resume goes on from them, another --out starts anew")
+    model, params, metadata = n2m.MODELS[args.model], None, {"t5": None, "t5_fingerprint": None}
+    model = n2m.tiny(model) if args.tiny else model
+    if args.init:
+        model, params, metadata = load_params(args.init, args.model)
+        metadata["t5"] = metadata["t5"] or str(args.init.resolve().parents[1] / "t5")
+    metadata |= {"seed": args.seed or 0, "index": 0}
+    model = overridden(model, args)
+    encoder, metadata = text_encoder(args, model, metadata, captions)
+    if encoder:
+        model = replace(model, unet=replace(model.unet, text_width=encoder.width))
+    return Run(model, init_state(model, metadata["seed"], params), metadata, encoder)
+
+
+def resumed_run(args, folder: Path, captions: list[str]) -> Run:
+    """The run that its last checkpoint holds, with the command line's changes."""
+    check(checkpoints(folder),
+          f"{folder}: no checkpoint to resume from; leave --resume out to start")
+    path = checkpoints(folder)[-1]
+    model, tensors, metadata = load_checkpoint(path, args.model)
+    check(args.seed in (None, metadata["seed"]),
+          f"{path}: of seed {metadata['seed']}; leave --seed out")
+    model = overridden(model, args)
+    encoder, metadata = text_encoder(args, model, metadata, captions)
+    state = restore(jax.eval_shape(partial(init_state, model, 0)), tensors, "", path)
+    check(state.step < model.training.steps, f"{path}: at its last step already; give more --steps")
+    return Run(model, state, metadata, encoder)
+
+
+def overridden(model: n2m.Model, args) -> n2m.Model:
+    """The model with the command line's changes."""
+    given = lambda names: {k: v for k in names if (v := getattr(args, k)) is not None}
+    c = replace(model.training, **given(OVERRIDES))
+    check(c.warmup_steps < c.decay_steps, "--warmup-steps must be below --decay-steps")
+    return replace(model, training=c, unet=replace(model.unet, **given(["dtype", "remat"])))
+
+
+def text_encoder(args, model: n2m.Model, metadata: dict, captions: list[str]):
+    """Sec. 3.4: the text encoder, and metadata that names it: --t5, or what the run began with, or
+    OUT/t5, which becomes a random T5 if it is not there."""
+    if not n2m.uses_text(model):
+        return None, metadata
+    given, own = args.t5 or metadata["t5"], args.out / "t5"
+    if not given and not own.exists() and jax.process_index() == 0:
+        warn(f"no --t5: made a random T5 in {own}; it tells prompts apart, but knows no English")
+        t5_encoder.save_t5(args.out / "t5.part", t5_encoder.random_t5(captions, metadata["seed"]))
+        (args.out / "t5.part").rename(own)
+    any_process(True)  # the others wait for the first
+    encoder = t5_encoder.load_text_encoder(given or own)
+    check(metadata["t5_fingerprint"] in (None, encoder.fingerprint),
+          f"{given or own}: not the text encoder that this run began with")
+    words = sorted({word for text in captions for word in words_of(text)})
+    metadata = metadata | {
+        "t5": given and str(Path(given).resolve()), "t5_fingerprint": encoder.fingerprint,
+        "words": words if len(words) <= 5000 else None}  # sample.py remarks on others
+    one = lru_cache(4096)(lambda text, length: encoder.encode([text], length))
+    encode = lambda texts, length: map(np.concatenate, zip(*[one(text, length) for text in texts]))
+    return encoder._replace(encode=encode), metadata
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.lower())
+
+
+def train(args, run: Run, folder: Path, clips: list[Clip], mesh, parts: int):
+    """The loop: step, log, save, sample; until the last step, a signal, or a loss not finite."""
+    (model, state, metadata, encoder), stop = run, []
+    state = place(state, state_layout(model, mesh))
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first saves and stops, a second just stops
+        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    c, step, seed, index = model.training, int(state.step), metadata["seed"], metadata["index"]
+    example = example_maker(clips, model, seed, encoder and encoder.count_tokens)
+    batch_of = lambda examples: make_batch(examples, model, encoder and encoder.encode)
+    first, log = batch_of([example(0)]), open_log(folder, step)
+    print(f"training to step {c.steps}; the first step compiles", flush=True)
+    pending, begin = [], time.monotonic()
+    for examples in batches(example, process_rows(c.batch_size, parts), c.batch_size, index):
+        with jax.set_mesh(mesh):
+            state, *logged = train_step(state, model, seed, batch_of(examples), parts, mesh)
+        step, index = step + 1, index + c.batch_size
+        pending.append((step, *logged))
+
+        every = lambda n: step % n == 0
+        asked = (every(args.log_every) or jax.process_count() == 1) and any_process(bool(stop))
+        last = step == c.steps or asked
+        saving = last or every(args.save_every)
+        sampling = every(args.sample_every) or args.overfit and step == c.steps
+        if saving or sampling or every(args.log_every):
+            report(pending, time.monotonic() - begin, c.steps, log, folder)
+            pending = []
+        if saving:
+            path = save_checkpoint(folder, state, model, metadata | {"index": index})
+        if sampling:
+            preview(folder, state, model, first)
+        if not pending:
+            begin = time.monotonic()
+        if last:
+            break
+    if step < c.steps:
+        status = 128 + (stop or [signal.SIGTERM])[0]  # another process may have got the signal
+        fail(f"stopped at step {step}, saved as {path}; --resume goes on from there", status)
+    print(f"done: {path}")
+
+
+def open_log(folder: Path, step: int):
+    """log.jsonl for appending, without the lines after `step` that a killed run may have left."""
+    path = folder / "log.jsonl" if jax.process_index() == 0 else Path(os.devnull)
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")
+
+
+def report(pending: list, seconds: float, steps: int, log, folder: Path):
+    """Prints and logs what `pending` holds, (step, losses, t, gradient norm) a step. Stops the run
+    where one of them is not finite: the checkpoints are from before that step."""
+    numbers, losses, t, norms = map(np.stack, zip(*pending))
+    for step in numbers[~(np.isfinite(losses).all(axis=1) & np.isfinite(norms))]:
+        kept = [path.name for path in checkpoints(folder)[-1:]] or ["none"]
+        fail(f"step {step}: the loss or its gradient is not finite; stopped. Last good checkpoint "
+             f"in {folder}: {kept[0]}. --resume goes on from it; lower the --learning-rate", 1)
+    # By quarter of t: one number hides that the ends differ a hundredfold.
+    quarters = [losses[(t >= q / 4) & (t < (q + 1) / 4)] for q in range(4)]
+    quarters = [float(q.mean()) if q.size else None for q in quarters]
+    step, loss, norm, rate = int(numbers[-1]), losses.mean(), norms.mean(), losses.size / seconds
+    print(json.dumps(dict(step=step, loss=float(loss), loss_by_quarter_of_t=quarters,
+                          grad_norm=float(norm), clips_per_second=rate)), file=log, flush=True)
+    quarters = " ".join("-" if q is None else f"{q:.4f}" for q in quarters)
+    eta = time.strftime("%H:%M:%S", time.gmtime((steps - step) * seconds / len(pending)))
+    print(f"step {step}/{steps}  loss {loss:.4f} by t [{quarters}]  grad {norm:.3f}  "
+          f"{rate:.1f} clips/s  ETA {eta}", flush=True)
+
+
+def preview(folder: Path, state: State, model: n2m.Model, batch: n2m.Batch):
+    """Samples the one clip of a batch in 64 steps, conditioned on itself, into a wav; prints its
+    correlation with the clip."""
+    params, step, audio = gather(state.ema), int(state.step), jnp.asarray(batch.audio)
+    if jax.process_index():
+        return
+    mel, seconds = n2m.writes_log_mel(model), model.training.seconds
+    truth = n2m.log_mel(audio) if mel else audio[:, :, None]  # (1, T, C)
+    previous = n2m.log_mel(audio)  # (1, F, 80)
+    if model.low_rate:
+        previous = n2m.fft_resample(audio, round(seconds * model.low_rate))  # (1, samples)
+    condition = n2m.sampling_condition(model, batch.condition, previous, seconds)
+    model = replace(model, inference=replace(model.inference, steps=64))
+    length, keys = n2m.padded_length(model.unet, truth.shape[1]), jax.random.key(step)[None]
+    x = n2m.sample(params, model, condition, keys, length)[:, : truth.shape[1]]  # (1, T, C)
+    sound, path = n2m.griffin_lim(x) if mel else x[:, :, 0], folder / f"sample-{step:08d}.wav"
+    write_wav(path, np.asarray(sound[0]), n2m.MEL_RATE if mel else model.rate)
+    correlation = jnp.corrcoef(x.ravel(), truth.ravel())[0, 1]
+    print(f"{path}: correlation with the clip {correlation:.3f}", flush=True)
 
 
 def write_wav(path: Path, audio: np.ndarray, rate: int):
@@ -559,258 +616,132 @@ def write_wav(path: Path, audio: np.ndarray, rate: int):
         raise
 
 
-def preview(params, model: n2m.Model, audio, text, text_mask, seed: int):
-    """One clip sampled in 64 steps, and its correlation with `audio` (samples,), which also is what it is conditioned on."""
-    seconds, truth = model.training.seconds, jnp.asarray(audio)[None]
-    truth_x = n2m.log_mel(truth) if n2m.writes_log_mel(model) else truth
-    low = n2m.fft_resample(truth, round(seconds * model.low_rate)) if model.low_rate else n2m.log_mel(truth)
-    condition = n2m.sampling_condition(model, low, seconds)._replace(text=text, text_mask=text_mask)
-    fewer = dataclasses.replace(model, inference=dataclasses.replace(model.inference, steps=PREVIEW_STEPS))
-    length = n2m.padded_length(model.unet, truth_x.shape[1])
-    x = n2m.sample(params, fewer, condition, jax.random.split(jax.random.key(seed), 1), length)[:, : truth_x.shape[1]]
-    correlation = float(jnp.corrcoef(x.ravel(), truth_x.ravel())[0, 1])
-    return (n2m.griffin_lim(x) if n2m.writes_log_mel(model) else x[:, :, 0])[0], correlation
-
-
-def check_finite(pending, folder: Path):
-    """Stops the run where a loss or a gradient is not finite; the checkpoints on disk are from before that step."""
-    for step, losses, _, norm in pending:
-        if not (np.isfinite(losses).all() and np.isfinite(norm)):
-            kept = [path.name for path in checkpoints(folder)[-1:]] or ["none"]
-            fail(f"step {step}: the loss or its gradient is not finite; stopped. Last good checkpoint in {folder}: "
-                 f"{kept[0]}. Go on from it with --resume and a lower --learning-rate", status=1)
-
-
-def report(pending, seconds, decoding, steps: int, log):
-    """Prints a progress line, and appends it to log.jsonl, on what `pending` holds: (step, losses, t, norm) a step.
-
-    `decoding` holds the seconds that the last clips took to decode: their rate should be above that of the steps.
-    """
-    steps_done, losses, t, norms = zip(*pending)
-    losses, t = np.concatenate(losses), np.concatenate(t)
-    step, rate = steps_done[-1], len(losses) / seconds
-    # By quarter of t: one number hides that the ends differ a hundredfold.
-    quarters = [losses[(t >= q / 4) & (t < (q + 1) / 4)] for q in range(4)]
-    quarters = [float(q.mean()) if q.size else None for q in quarters]
-    entry = dict(step=step, loss=float(losses.mean()), loss_by_quarter_of_t=quarters,
-                 grad_norm=float(np.mean(norms)), clips_per_second=rate, decoded_per_second=THREADS * len(decoding) / sum(decoding))
-    log.write(json.dumps(entry) + "\n")
-    log.flush()
-    quarters = " ".join("-" if q is None else f"{q:.4f}" for q in quarters)
-    eta = time.strftime("%H:%M:%S", time.gmtime((steps - step) * seconds / len(pending)))
-    print(f"step {step}/{steps}  loss {entry['loss']:.4f} by t [{quarters}]  grad {entry['grad_norm']:.3f}  "
-          f"{rate:.1f} clips/s (decoder {entry['decoded_per_second']:.0f})  ETA {eta}", flush=True)
-
-
-def open_log(path: Path, step: int):
-    """log.jsonl for appending, without the lines after `step` that a killed run may have left."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept))
-    return path.open("a")
-
-
-def train(args, model, state, metadata, make, encode, folder: Path, mesh):
-    """The loop: step, log, sample, save; until the last step, a signal, or a loss that is not finite."""
-    c, stop = model.training, []
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first one saves and stops, a second one stops at once
-        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
-    dtype = jnp.bfloat16 if args.bf16 else jnp.float32
-    first, pending, clock, step = make(0), [], time.monotonic(), int(state.step)
-    log = open(os.devnull, "w") if jax.process_index() else open_log(folder / "log.jsonl", step)
-    rows, decoding = process_rows(c.batch_size, args.accumulate), deque(maxlen=1000)
-    print(f"training to step {c.steps}; the first step compiles", flush=True)
-    for examples in batches(make, c.batch_size, metadata["index"], rows, decoding):
-        audio = np.stack([e.audio for e in examples])
-        text, text_mask = encode([e.text for e in examples]) if encode else (None, None)
-        with jax.set_mesh(mesh):
-            state, *logged = train_step(state, model, metadata["seed"], audio, text, text_mask, args.accumulate, dtype,
-                                        args.remat, mesh)
-        step, metadata["index"] = step + 1, metadata["index"] + c.batch_size
-        pending.append((step, *logged))
-        last = step == c.steps or (step % args.log_every == 0 or jax.process_count() == 1) and any_process(bool(stop))
-        sampling = args.sample_every and step % args.sample_every == 0 or args.overfit and step == c.steps
-        saving = step % args.save_every == 0 or last
-        if step % args.log_every == 0 or sampling or saving:
-            pending = [(n, *map(np.asarray, values)) for n, *values in pending]
-            check_finite(pending, folder)
-            report(pending, time.monotonic() - clock, decoding, c.steps, log)
-            pending = []
-        if saving:
-            path = save_checkpoint(folder, state, model, metadata)
-        if sampling:
-            params = jax.tree.map(gather, state.ema)
-            if jax.process_index() == 0:
-                text, text_mask = encode([first.text]) if encode else (None, None)
-                sampled, correlation = preview(params, model, first.audio, text, text_mask, step)
-                wav = folder / f"sample-{step:08d}.wav"
-                write_wav(wav, np.asarray(sampled), n2m.MEL_RATE if n2m.writes_log_mel(model) else model.rate)
-                print(f"{wav}: correlation with the {'memorised clip' if args.overfit else 'first clip'} {correlation:.3f}")
-        if not pending:
-            clock = time.monotonic()
-        if last:
-            break
-    if stop and step < c.steps:
-        fail(f"stopped at step {step}, saved as {path}; --resume goes on from there", status=128 + stop[0])
-    print(f"done: {path}")
-
-
 # ---- The command line ----
 
+
+def warn(message: str):
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+
+
+def fail(message: str, status: int = 2):
+    warn(message)
+    raise SystemExit(status)
+
+
+def reason(error: Exception, path: Path) -> str:
+    """What an exception says, in one line and without the path again."""
+    text = str(error).replace(f"Error opening {str(path)!r}: ", "").replace(f"{path}: ", "")
+    return " ".join(text.split()).rstrip(".")
+
+
+def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; see {prog} --help")
+    return parser
+
+
+def number(kind: type, low, high=math.inf) -> Callable:
+    """An argparse type: a finite number from low to high."""
+
+    def parse(text):
+        value = kind(text)
+        check(low <= value <= high and math.isfinite(value), "out of range")
+        return value
+
+    parse.__name__ = f"{kind.__name__} from {low} to {high}"  # argparse says it
+    return parse
+
+
+count, share = number(int, 1), number(float, 0, 1)
 OVERRIDES = {  # fields of TrainingConfig that have an option each
-    "steps": "training steps", "batch_size": "clips a step", "seconds": "length of what a step sees of a clip",
-    "learning_rate": "peak of Adam's learning rate", "warmup_steps": "linear warm-up", "decay_steps": "end of the cosine",
-    "beta1": "of Adam", "beta2": "of Adam", "ema": "decay of the averaged parameters",
-    "occlusion": "share of prompts hidden, for guidance", "t_max": "noise augmentation up to this time",
-    "noise_schedule": "one of " + ", ".join(n2m.SCHEDULES), "loss_weight": "one of " + ", ".join(n2m.LOSS_WEIGHTS),
-}  # fmt: skip
+    "steps": dict(type=count, help="training steps"),
+    "batch_size": dict(type=count, help="clips a step"),
+    "seconds": dict(type=number(float, 0.01, CLIP_SECONDS), help="what a step sees of a clip"),
+    "learning_rate": dict(type=number(float, 1e-30), help="peak of Adam's learning rate"),
+    "warmup_steps": dict(type=number(int, 0), help="linear warm-up"),
+    "decay_steps": dict(type=count, help="end of the cosine"),
+    "ema": dict(type=share, help="decay of the averaged parameters"),
+    "occlusion": dict(type=share, help="share of prompts hidden, for guidance"),
+    "t_max": dict(type=share, help="noise augmentation up to this time"),
+    "noise_schedule": dict(choices=n2m.SCHEDULES, help="one of " + ", ".join(n2m.SCHEDULES)),
+    "loss_weight": dict(choices=n2m.LOSS_WEIGHTS, help="one of " + ", ".join(n2m.LOSS_WEIGHTS)),
+}
 
 
 def parse_args(argv=None):
     parser = new_parser("train.py", __doc__)
-    parser.add_argument("model", choices=n2m.NAMES, metavar="MODEL", help="one of " + ", ".join(n2m.NAMES))
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, metavar="DIR", help="folder of audio and captions")
-    source.add_argument("--overfit", type=Path, metavar="FILE", help="memorise one clip: if this fails, nothing else will work")
-    parser.add_argument("--out", type=Path, metavar="RUNS", help="folder of all runs; this one goes into RUNS/MODEL")
-    parser.add_argument("--tiny", action="store_true", help="a small variant of the model, for a CPU")
-    parser.add_argument("--init", type=Path, metavar="FILE", help="begin with a checkpoint's averaged parameters, its size, T5 and "
-                        "configuration: demo/MODEL/checkpoint-N.safetensors; with --tiny, in a tiny model, with those that fit it")
-    parser.add_argument("--t5", metavar="DIR", help="T5 encoder, Hugging Face's layout (default: RUNS/t5, random if absent)")
-    many = parser.add_argument_group("many devices: one process uses all it sees; or several, with the same command but --process")
-    many.add_argument("--model-parallel", type=int, default=1, metavar="N",
-                      help="devices that share a matrix (default: 1); the rest share the batch")
-    many.add_argument("--processes", type=int, default=1, metavar="N", help="how many processes train together, on a shared --out")
-    many.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
-    many.add_argument("--coordinator", metavar="HOST:PORT",
-                      help="where process 0 listens; a TPU pod needs none of the last three but --processes")
-    parser.add_argument("--accumulate", type=int, metavar="N", help="split a batch into N parts to save memory (default: as few as "
-                        "leave a device 8 clips at once)")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; parameters stay float32")
-    parser.add_argument("--remat", action="store_true", help="recompute blocks in the backward pass to save memory")
-    parser.add_argument("--seed", type=int, help="of the parameters, the noise and the order of the data (default: 0)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, bit for bit")
-    parser.add_argument("--log-every", type=int, default=20, metavar="N", help="steps between progress lines (default: 20)")
-    parser.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
-    parser.add_argument("--sample-every", type=int, default=0, metavar="N", help="steps between sampled wavs (default: none)")
-    table = parser.add_argument_group("overrides of Table 2 and Sec. 4.1 (or of what --tiny makes of them)")
-    for field in dataclasses.fields(n2m.TrainingConfig):
-        if field.name in OVERRIDES:
-            default = "by model" if field.default in (dataclasses.MISSING, 0.0) else field.default
-            table.add_argument("--" + field.name.replace("_", "-"), type=field.type, metavar="X",
-                               help=f"{OVERRIDES[field.name]} (paper: {default})")
+    group = lambda title: parser.add_argument_group(title).add_argument
+    one_of = lambda **need: parser.add_mutually_exclusive_group(**need).add_argument
+    add, data, size = parser.add_argument, one_of(required=True), one_of()
+    add("model", choices=tuple(n2m.MODELS), metavar="MODEL", help="one of " + ", ".join(n2m.MODELS))
+    data("--data", type=Path, metavar="DIR", help="folder of audio and captions")
+    data("--overfit", type=Path, metavar="FILE", help="memorise one clip: the first thing to try")
+    add("--out", type=Path, required=True, metavar="RUNS", help="this run goes into RUNS/MODEL")
+    size("--tiny", action="store_true", help="a small variant of the model, for a CPU")
+    size("--init", type=Path, metavar="FILE", help="begin with the averaged parameters, "
+         "configuration and T5 of a checkpoint")
+    add("--t5", metavar="DIR", help="T5 in Hugging Face's layout (default: RUNS/t5, random if new)")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="of parameters, noise, data (default: 0)")
+    add("--resume", action="store_true", help="go on from the last checkpoint, bit for bit")
+    add("--bf16", dest="dtype", action="store_const", const="bfloat16", help="compute in bfloat16")
+    add("--remat", action="store_const", const=True, help="save memory: compute blocks twice")
+    add("--accumulate", type=count, metavar="N", help="save memory: batches in N parts (default: "
+        "as few as leave a device 8 clips at once)")
+    add("--log-every", type=count, default=20, metavar="N", help="steps to a progress line (20)")
+    add("--save-every", type=count, default=500, metavar="N", help="steps to a checkpoint (500)")
+    add("--sample-every", type=count, default=math.inf, metavar="N", help="steps to a wav (none)")
+    many = group("many devices: one process uses all it sees; several differ in --process")
+    many("--model-parallel", type=count, default=1, metavar="N",
+         help="devices that share a matrix (default: 1); the rest share the batch")
+    many("--processes", type=count, default=1, metavar="N", help="how many, on a shared --out")
+    many("--process", type=number(int, 0), metavar="I", help="which of them this one is, from 0")
+    many("--coordinator", metavar="HOST:PORT", help="where process 0 listens; a TPU pod needs none "
+         "of the last three but --processes")
+    override = group("overrides of Table 2 and Sec. 4.1 (or of --tiny's)")
+    for field in fields(n2m.TrainingConfig):
+        if option := OVERRIDES.get(field.name):
+            paper = "by model" if field.default in (MISSING, 0.0) else field.default
+            override("--" + field.name.replace("_", "-"), metavar="X",
+                     **option | {"help": f"{option['help']} (paper: {paper})"})
     args = parser.parse_args(argv)
-    if args.out is None or args.data is None and args.overfit is None:
-        parser.error("give --out and one of --data and --overfit")
     if args.init and args.resume:
         parser.error("--init begins a run; leave it out to go on with --resume")
-    if not 0 <= (args.seed or 0) < 2**63:
-        parser.error(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
-    if args.process is not None and not 0 <= args.process < args.processes:
-        parser.error(f"--process must be from 0 to {args.processes - 1}, not {args.process}")
-    for name in ("accumulate", "model_parallel", "processes", "log_every", "save_every", "steps", "batch_size", "seconds",
-                 "decay_steps", "learning_rate"):
-        if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")
+    if args.tiny and args.model not in n2m.TINY:
+        parser.error(f"--tiny: there is no small variant of {args.model} (TINY)")
+    if (args.process or 0) >= args.processes:
+        parser.error(f"--process must be below --processes {args.processes}, not {args.process}")
     return args
 
 
-def configure(args, model: n2m.Model) -> n2m.Model:
-    """The model with the command line's overrides."""
-    changes = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    training = dataclasses.replace(model.training, **changes)
-    check(training.noise_schedule in n2m.SCHEDULES and training.loss_weight in n2m.LOSS_WEIGHTS,
-          f"--noise-schedule is one of {', '.join(n2m.SCHEDULES)}; --loss-weight one of {', '.join(n2m.LOSS_WEIGHTS)}")
-    check(training.batch_size % (args.accumulate or 1) == 0,
-          f"--accumulate {args.accumulate} does not divide the batch size {training.batch_size}")
-    check(0 <= training.warmup_steps < training.decay_steps, "--warmup-steps must be below --decay-steps")
-    check(training.seconds <= CLIP_SECONDS, f"--seconds {training.seconds} is longer than a clip of {CLIP_SECONDS} s")
-    return dataclasses.replace(model, training=training)
-
-
-def begin(args, folder: Path):
-    """(model, tensors or None, metadata): a new run, or one that begins with --init's parameters, or the one to resume."""
-    found = checkpoints(folder)
-    check(bool(found) or not args.resume, f"{folder}: no checkpoint to resume from; leave --resume out to start")
-    check(args.resume or not found, f"{folder}: holds {len(found)} checkpoints; --resume goes on, another --out starts anew")
-    if not found:
-        model, tensors = n2m.tiny(n2m.MODELS[args.model]) if args.tiny else n2m.MODELS[args.model], None
-        metadata = {"seed": args.seed or 0, "index": 0, "t5": None, "t5_fingerprint": None}
-        if args.init:
-            saved, tensors, old = load_checkpoint(args.init, args.model, lambda name: name.startswith("ema/"))
-            model = model if args.tiny else saved
-            if mark := old["t5_fingerprint"]:
-                metadata |= {"t5": old["t5"] or str(args.init.resolve().parents[1] / "t5"), "t5_fingerprint": mark}
-        return configure(args, model), tensors, metadata
-    model, tensors, metadata = load_checkpoint(found[-1], args.model)
-    model = configure(args, model)
-    check(args.seed in (None, metadata["seed"]), f"{found[-1]}: of seed {metadata['seed']}; leave --seed out")
-    check(tensors["step"] < model.training.steps, f"{found[-1]}: at its last step already; give more --steps")
-    return model, tensors, metadata
-
-
-def words_of(text: str) -> list[str]:
-    return re.findall(r"[^\W\d_]+", text.lower())
-
-
-def prepare_text(args, model: n2m.Model, metadata: dict, tracks):
-    """(model, encode, texts_of): the model as wide as its T5, that T5, and the prompts of a track (Sec. 4.1)."""
+def run(args):
+    join_processes(args)
+    if args.overfit:
+        check(args.overfit.is_file(), f"{args.overfit}: no such file; --overfit memorises one")
+        tracks = [Track(args.overfit, (args.overfit.stem,))]
+    else:
+        tracks = read_tracks(args.data, n2m.uses_text(n2m.MODELS[args.model]))
     captions = sorted({text for track in tracks for text in track.long + track.short})
-    t5, metadata["t5"] = prepare_t5(args.t5 or metadata["t5"], args.out, captions, metadata["seed"])
-    mark = t5_fingerprint(t5)
-    check(metadata["t5_fingerprint"] in (None, mark), f"{args.t5 or args.out / 't5'}: not the T5 that this run began with")
-    metadata["t5_fingerprint"] = mark
-    words = sorted({word for text in captions for word in words_of(text)})
-    metadata["words"] = words if len(words) <= 5000 else None  # for `sample.py` to tell what a small model never read of
-    model = dataclasses.replace(model, unet=dataclasses.replace(model.unet, text_width=t5.config.d_model))
-    length, count = model.training.token_length, functools.partial(t5_encoder.count_tokens, t5)
-    return model, text_encoder(t5, length), functools.cache(lambda track: text_batch(track, length, count))
-
-
-def prepare(args):
-    """Everything `train` needs: configuration, state, data and text encoder, new or resumed."""
     folder = args.out / args.model
-    model, tensors, metadata = begin(args, folder)
-    if args.overfit:
-        tracks = [Track(args.overfit, (args.overfit.stem,), ())]
-        example = memorised_example(tracks[0], model)
-        print(f"memorising {model.training.seconds:g} s of {args.overfit}")
+    begun = (resumed_run if args.resume else new_run)(args, folder, captions)
+    model, n = begun.model, n2m.param_count(begun.model)
+    if args.overfit:  # the beginning of the clip in the middle
+        clips = track_clips(tracks[0])
+        clips = [clips[len(clips) // 2]._replace(seconds=model.training.seconds)]
     else:
-        tracks = read_tracks(args.data, n2m.uses_text(model))
         clips = find_clips(tracks)
-        print(f"{len(tracks)} tracks, {len(clips)} clips of up to {CLIP_SECONDS} s")
-    encode, texts_of = None, lambda track: []
-    if n2m.uses_text(model):
-        model, encode, texts_of = prepare_text(args, model, metadata, tracks)
-    if args.overfit:
-        make = lambda index: example
-    else:
-        load = cached_audio(clips, model.audio_rate)
-        make = functools.partial(make_example, clips, model, metadata["seed"], texts_of, {}, load=load)
-
-    if args.resume:
-        shapes = jax.eval_shape(functools.partial(init_state, model, 0))
-        state = restore(shapes, tensors, "", checkpoints(folder)[-1])
-    else:
-        params = None
-        if args.init and args.tiny:
-            params = fitting_params(model, tensors, metadata["seed"], args.init)
-        elif args.init:
-            params = restore_params(model, tensors, "ema/", args.init)
-        state = init_state(model, metadata["seed"], params)
-    mesh = training_mesh(args, model.training.batch_size)
-    state = place(state, state_layout(model, mesh))
+    mesh, parts = mesh_and_parts(args, model.training.batch_size)
+    print(f"{len(tracks)} tracks, {len(clips)} clips of up to {CLIP_SECONDS} s\n"
+          f"{model.name}: {n / 1e6:.1f} M parameters, {n * 16 / 2**30:.2f} GiB with their average "
+          f"and Adam's moments, on {mesh.size} x {jax.devices()[0].device_kind}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    n = n2m.param_count(model)
-    print(f"{model.name}: {n / 1e6:.1f} M parameters, {n * 16 / 2**30:.2f} GiB with their average and Adam's moments, "
-          f"on {mesh.size} x {jax.devices()[0].device_kind}")
-    return model, state, metadata, make, encode, folder, mesh
+    train(args, begun, folder, clips, mesh, parts)
 
 
-def run_command(run, args):
+def run_command(run: Callable, args):
     """Runs a script's command: what its user can mend becomes one line and exit status 2.
 
-    With a compilation cache, so that a second process compiles nothing; JAX_COMPILATION_CACHE_DIR moves it.
+    Compiled programs are kept, so that a second process compiles nothing.
     """
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if not jax.config.jax_compilation_cache_dir:
@@ -820,18 +751,13 @@ def run_command(run, args):
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        warn(f"process {jax.process_index()}: another process of this run has ended, so this one ends too; start all of them again "
-             f"with --resume ({str(error).splitlines()[0][:80]})")
+        warn(f"process {jax.process_index()}: another process of this run has ended, so this one "
+             f"ends too; start all again with --resume ({str(error).splitlines()[0][:80]})")
         os._exit(1)  # not through the shutdown that would wait for it
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, soundfile.LibsndfileError) as error:
         if sys.flags.dev_mode:  # python -X dev shows where
             raise
         fail(" ".join(str(error).split()))
-
-
-def run(args):
-    join_processes(args)
-    train(args, *prepare(args))
 
 
 def main(argv=None):

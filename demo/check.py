@@ -1,17 +1,19 @@
 """What the models in demo/ can do, measured on pieces and seeds that they were not trained on.
 
     pip install -e ".[demo]"
-    python demo/make_data.py data                                             # once
-    python demo/check.py prompts prompts.jsonl                                # 216 prompts: 72 triples of slow, medium, fast
+    python demo/make_data.py data                       # once
+    python demo/check.py prompts prompts.jsonl          # 216: 72 triples of slow, medium, fast
     python sample.py --prompts prompts.jsonl --route waveform --no-superres -o check-waveform
-    python demo/check.py clips data check-waveform                            # instruments, tempi, FAD, levels
-    python demo/check.py stages data                                          # each stage alone, on held-out pieces
-    python demo/check.py picture reel.wav reel.png                            # its mel spectrogram
+    python demo/check.py clips data check-waveform      # instruments, tempi, FAD, levels
+    python demo/check.py stages data                    # each stage alone, on held-out pieces
+    python demo/check.py picture reel.wav reel.png      # its mel spectrogram
 
-All results are JSON. An instrument is named by logistic regression on the mean and the deviation of the 80 log-mel channels,
-trained on the real clips of data/train: once on the upper 40 dB of every clip, real or not, where its timbre is, and once on all
-100 dB of the log-mel, of which the lower ones tell most about how quiet the noise is. Tempo is the number of onsets in a second by
-SuperFlux (Boeck & Widmer, 2013), of which the result says how far from the notes of the score it is on real clips.
+All results are JSON. An instrument is named by logistic regression on the mean and the deviation of
+the 80 log-mel channels, trained on the real clips of data/train: once on the upper 40 dB of every
+clip, real or not, where its timbre is, and once on all 100 dB of the log-mel, of which the lower
+ones tell most about how quiet the noise is. Tempo is the number of onsets in a second by SuperFlux
+(Boeck & Widmer, 2013), of which the result says how far from the notes of the score it is on real
+clips.
 """
 
 import argparse
@@ -33,6 +35,7 @@ import jax
 
 import make_data
 import noise2music as n2m
+import sample
 import t5_encoder
 import train
 
@@ -46,12 +49,14 @@ def prompts(args):
     templates = [t for t in make_data.LONG if "{mode}" not in t and "{composer}" not in t]
     for i in range(72):
         instrument = list(make_data.INSTRUMENTS)[i % 12]
-        words = {"instrument": rng.choice(make_data.INSTRUMENTS[instrument][0]), "genre": rng.choice(("reel", "jig", "hornpipe", "tune")),
+        words = {"instrument": rng.choice(make_data.INSTRUMENTS[instrument][0]),
+                 "genre": rng.choice(("reel", "jig", "hornpipe", "tune")),
                  "region": rng.choice(("Irish", "Scottish", "American"))}
         template = rng.choice(templates)
         for tempo, (names, *_) in make_data.TEMPI.items():
             text = make_data.sentence(template, words | {"tempo": rng.choice(names)})
-            lines.append(json.dumps({"prompt": text, "seed": 10_000 + len(lines), "seconds": SECONDS}) + "\n")
+            seed = 10_000 + len(lines)
+            lines.append(json.dumps({"prompt": text, "seed": seed, "seconds": SECONDS}) + "\n")
     args.out.write_text("".join(lines))
 
 
@@ -69,7 +74,8 @@ def load(path: Path, rate: int = n2m.MEL_RATE) -> np.ndarray:
 
 
 def real_clips(folder: Path) -> list[dict]:
-    return [{**entry, "path": folder / entry["audio"]} for entry in map(json.loads, (folder / "captions.jsonl").open())]
+    entries = map(json.loads, (folder / "captions.jsonl").open())
+    return [{**entry, "path": folder / entry["audio"]} for entry in entries]
 
 
 def statistics(clips) -> np.ndarray:
@@ -78,7 +84,8 @@ def statistics(clips) -> np.ndarray:
 
 
 def features(clips) -> dict:
-    """{range: (N, 160)}: the mean and the deviation of each log-mel channel, of the upper 40 dB and of all 100 dB of a clip."""
+    """{range: (N, 160)}: the mean and the deviation of each log-mel channel, of the upper 40 dB and
+    of all 100 dB of a clip."""
     rows = {40: [], 100: []}
     for audio in clips:
         mel = np.asarray(n2m.log_mel(audio[None])[0])
@@ -89,41 +96,52 @@ def features(clips) -> dict:
 
 
 def onset_rate(audio: np.ndarray) -> float:
-    """Onsets a second. SuperFlux, which looks past vibrato, on the upper 40 dB, so that a bed of noise begins no notes.
+    """Onsets a second. SuperFlux, which looks past vibrato, on the upper 40 dB, so that a bed of
+    noise begins no notes.
 
-    Chosen among hundreds of settings on 180 clips of data/train by the notes in their scores; librosa's own finds 1.7 times as
-    many. A lag of 40 ms sees less of the vibrato of the cello than a shorter one.
+    Chosen among hundreds of settings on 180 clips of data/train by the notes in their scores;
+    librosa's own finds 1.7 times as many. A lag of 40 ms sees less of the vibrato of the cello than
+    a shorter one.
     """
-    mel = librosa.feature.melspectrogram(y=audio, sr=n2m.MEL_RATE, n_fft=2048, hop_length=n2m.HOP, fmin=27.5, n_mels=138)
+    rate = dict(sr=n2m.MEL_RATE, hop_length=n2m.HOP)
+    mel = librosa.feature.melspectrogram(y=audio, n_fft=2048, fmin=27.5, n_mels=138, **rate)
     level = librosa.power_to_db(mel, ref=np.max, top_db=40)
-    flux = librosa.onset.onset_strength(S=level, sr=n2m.MEL_RATE, hop_length=n2m.HOP, lag=4, max_size=3)
-    return len(librosa.onset.onset_detect(onset_envelope=flux, sr=n2m.MEL_RATE, hop_length=n2m.HOP, delta=0.1, wait=3)) / SECONDS
+    flux = librosa.onset.onset_strength(S=level, lag=4, max_size=3, **rate)
+    onsets = librosa.onset.onset_detect(onset_envelope=flux, delta=0.1, wait=3, **rate)
+    return len(onsets) / SECONDS
 
 
 def rising(rates) -> float:
     """The share of triples in which the onset rate rises from slow to medium to fast."""
-    return float(np.mean([a < b < c for a, b, c in np.reshape(rates[: len(rates) // 3 * 3], (-1, 3))]))
+    triples = np.reshape(rates[: len(rates) // 3 * 3], (-1, 3))
+    return float(np.mean([a < b < c for a, b, c in triples]))
 
 
 def fads(x, x_names, y, y_names) -> dict:
-    """FAD of all clips; and, averaged, of the clips of each instrument against those of the same, and of the next, one."""
+    """FAD of all clips; and, averaged, of the clips of each instrument against those of the same,
+    and of the next, one."""
     frames = lambda a: np.asarray(a, np.float64).reshape(-1, a.shape[-1])
     fad = lambda a, b: n2m.frechet_distance(n2m.gaussian(frames(a)), n2m.gaussian(frames(b)))
     of = lambda a, names, name: a[names == name]
     names = list(make_data.INSTRUMENTS)
-    pairs = {"same_instrument": zip(names, names), "shuffled_prompts": zip(names, names[1:] + names[:1])}
-    return {"all": fad(x, y), **{key: float(np.mean([fad(of(x, x_names, a), of(y, y_names, b)) for a, b in pair]))
-                                 for key, pair in pairs.items()}}  # fmt: skip
+    pairs = {"same_instrument": zip(names, names),
+             "shuffled_prompts": zip(names, names[1:] + names[:1])}
+    averages = {key: np.mean([fad(of(x, x_names, a), of(y, y_names, b)) for a, b in pair])
+                for key, pair in pairs.items()}
+    return {"all": fad(x, y), **{key: float(average) for key, average in averages.items()}}
 
 
 def levels(clips) -> dict:
-    """[lowest, median, highest] of the loudness, of the share of samples at full scale, and of the spectral flatness (1 is white)."""
+    """[lowest, median, highest] of the loudness, of the share of samples at full scale, and of the
+    spectral flatness (1 is white)."""
     rows = []
     for audio in clips:
         flatness = librosa.feature.spectral_flatness(y=audio, n_fft=1024, hop_length=512)[0]
-        rows.append((10 * np.log10(np.mean(audio**2) + 1e-12), np.mean(np.abs(audio) > 0.99), np.median(flatness)))
+        level = 10 * np.log10(np.mean(audio**2) + 1e-12)
+        rows.append((level, np.mean(np.abs(audio) > 0.99), np.median(flatness)))
     low, middle, high = (np.round(q, 4).tolist() for q in np.percentile(rows, (0, 50, 100), axis=0))
-    return {name: [low[i], middle[i], high[i]] for i, name in enumerate(("dBFS", "clipped", "flatness"))}
+    names = ("dBFS", "clipped", "flatness")
+    return {name: [low[i], middle[i], high[i]] for i, name in enumerate(names)}
 
 
 def clips(args):
@@ -132,24 +150,31 @@ def clips(args):
     real, held = real_clips(args.data / "train"), real_clips(args.data / "heldout")
     names, held_names = (np.array([e["instrument"] for e in entries]) for entries in (real, held))
     made, kept = [load(path) for path in paths], [load(e["path"]) for e in held]
-    of_real, of_held, of_made = features(load(e["path"]) for e in real), features(kept), features(made)
+    of_real, of_held = features(load(e["path"]) for e in real), features(kept)
+    of_made = features(made)
     accuracy, accuracy_of_held, right = {}, {}, {}
     for decibel, x in of_real.items():
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(x, names)
+        regression = LogisticRegression(max_iter=2000)
+        classifier = make_pipeline(StandardScaler(), regression).fit(x, names)
         right[decibel] = classifier.predict(of_made[decibel]) == instruments
         accuracy[f"upper {decibel} dB"] = float(right[decibel].mean())
-        accuracy_of_held[f"upper {decibel} dB"] = float(np.mean(classifier.predict(of_held[decibel]) == held_names))
+        right_of_held = classifier.predict(of_held[decibel]) == held_names
+        accuracy_of_held[f"upper {decibel} dB"] = float(right_of_held.mean())
     x, y, half = statistics(made), statistics(kept), len(held) // 2
-    order = sorted(range(len(held)), key=lambda i: (int(held[i]["audio"][:5]) // 36, held_names[i], int(held[i]["audio"][:5])))
+    number = lambda i: int(held[i]["audio"][:5])
+    order = sorted(range(len(held)), key=lambda i: (number(i) // 36, held_names[i], number(i)))
     made_rates = np.array([onset_rate(audio) for audio in made])
-    rates, in_score = np.array([[onset_rate(kept[i]), held[i]["notes_per_second"]] for i in order]).T
+    scored = [[onset_rate(kept[i]), held[i]["notes_per_second"]] for i in order]
+    rates, in_score = np.array(scored).T
+    by_instrument = lambda measure: {name: measure(name) for name in make_data.INSTRUMENTS}
     result = {
         "clips": len(paths),
         "instrument_accuracy": accuracy,
         "instrument_accuracy_of_heldout": accuracy_of_held,
-        "by_instrument": {name: float(right[40][instruments == name].mean()) for name in make_data.INSTRUMENTS},
+        "by_instrument": by_instrument(lambda name: float(right[40][instruments == name].mean())),
         "tempo_rises": rising(made_rates),
-        "tempo_rises_by_instrument": {name: rising(made_rates[instruments == name]) for name in make_data.INSTRUMENTS},
+        "tempo_rises_by_instrument": by_instrument(
+            lambda name: rising(made_rates[instruments == name])),
         "tempo_rises_of_heldout": rising(rates[: 36 * (len(held) // 36)]),
         "onsets_of_heldout_off_the_score_by": float(np.median(np.abs(rates / in_score - 1))),
         "fad": fads(x, instruments, y[half:], held_names[half:]),
@@ -163,18 +188,23 @@ def clips(args):
 # ---- Each stage alone ----
 
 
-UPPER = (60, 130)  # dB of the truth that are compared: what can be heard, and all down to the rounding of its 16 bits
+# dB of the truth that are compared: what can be heard, and all down to the rounding of its 16 bits.
+UPPER = (60, 130)
 
 
 def log_spectral_distances(x, truth) -> list[float]:
-    """The deviation of two power spectra in dB, over the frequencies, averaged over frames of 1024: for each range of UPPER."""
-    x, y = (10 * np.log10(np.abs(librosa.stft(np.asarray(a), n_fft=1024, hop_length=256)) ** 2 + 1e-12) for a in (x, truth))
+    """The deviation of two power spectra in dB, over the frequencies, averaged over frames of 1024:
+    for each range of UPPER."""
+    power = lambda a: np.abs(librosa.stft(np.asarray(a), n_fft=1024, hop_length=256)) ** 2
+    x, y = (10 * np.log10(power(a) + 1e-12) for a in (x, truth))
     floors = [y.max() - decibel for decibel in UPPER]
-    return [float(np.mean(np.sqrt(np.mean((np.maximum(x, f) - np.maximum(y, f)) ** 2, axis=0)))) for f in floors]
+    squares = [(np.maximum(x, floor) - np.maximum(y, floor)) ** 2 for floor in floors]
+    return [float(np.mean(np.sqrt(np.mean(square, axis=0)))) for square in squares]
 
 
-def stage(models: Path, t5, name: str, entry: dict, number: int):
-    """Log-spectral distances from the truth of the stage's output, and of what needs no training: (2, 2)."""
+def stage(models: Path, text_encoder, name: str, entry: dict, number: int):
+    """Log-spectral distances from the truth of the stage's output, and of what needs no training:
+    (2, 2)."""
     model, params, _ = train.load_model(models, name)
     truth = load(entry["path"], model.rate)
     if model.low_rate:
@@ -183,35 +213,42 @@ def stage(models: Path, t5, name: str, entry: dict, number: int):
     else:
         low = np.asarray(n2m.log_mel(truth[None])[0])
         plain = np.asarray(n2m.griffin_lim(low[None])[0])
-    condition = n2m.sampling_condition(model, jax.numpy.asarray(low)[None], SECONDS)
+    given = n2m.Condition()
     if n2m.uses_text(model):
-        text, mask = t5_encoder.encode(t5, [entry["long"][0]], model.training.token_length)
-        condition = condition._replace(text=text, text_mask=mask)
-    length = n2m.padded_length(model.unet, len(truth))
-    x = n2m.sample(params, model, condition, jax.random.split(jax.random.key(number), 1), length)[0, : len(truth), 0]
+        given = sample.encode(text_encoder, [entry["long"][0]], model)
+    condition = n2m.sampling_condition(model, given, jax.numpy.asarray(low)[None], SECONDS)
+    length, keys = n2m.padded_length(model.unet, len(truth)), jax.random.key(number)
+    x = n2m.sample(params, model, condition, jax.random.split(keys, 1), length)
+    x = x[0, : len(truth), 0]
     return log_spectral_distances(x, truth), log_spectral_distances(plain, truth)
 
 
 def stages(args):
-    t5, held = t5_encoder.load_t5(args.models / "t5"), real_clips(args.data / "heldout")[: args.n]
+    text_encoder = t5_encoder.load_text_encoder(args.models / "t5")
+    held = real_clips(args.data / "heldout")[: args.n]
     for name in ("waveform_cascader", "spectrogram_vocoder", "superresolution_cascader"):
-        found = np.array([stage(args.models, t5, name, entry, 20_000 + i) for i, entry in enumerate(held)])  # (N, 2, 2)
-        (ours, plain), closer = found.mean(axis=0).round(2), np.mean(found[:, 0] < found[:, 1], axis=0).round(3)
+        found = np.array([stage(args.models, text_encoder, name, entry, 20_000 + i)
+                          for i, entry in enumerate(held)])  # (N, 2, 2)
+        ours, plain = found.mean(axis=0).round(2)
+        closer = np.mean(found[:, 0] < found[:, 1], axis=0).round(3)
         for k, decibel in enumerate(UPPER):
-            print(json.dumps({"stage": name, "clips": len(found), "upper_dB": decibel, "lsd": ours[k], "lsd_untrained": plain[k],
-                              "closer": closer[k]}), flush=True)  # fmt: skip
+            line = {"stage": name, "clips": len(found), "upper_dB": decibel, "lsd": ours[k],
+                    "lsd_untrained": plain[k], "closer": closer[k]}
+            print(json.dumps(line), flush=True)
 
 
 def picture(args):
     audio, rate = librosa.load(args.wav, sr=None)
     power = librosa.feature.melspectrogram(y=audio, sr=rate, n_fft=2048, hop_length=256, n_mels=128)
     figure, axes = pyplot.subplots(figsize=(8, 2.5), dpi=80, layout="constrained")
-    librosa.display.specshow(librosa.power_to_db(power, ref=np.max), sr=rate, hop_length=256, x_axis="time", y_axis="mel", ax=axes)
+    level = librosa.power_to_db(power, ref=np.max)
+    librosa.display.specshow(level, sr=rate, hop_length=256, x_axis="time", y_axis="mel", ax=axes)
     figure.savefig(args.png)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("prompts")
     command.add_argument("out", type=Path)

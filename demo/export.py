@@ -1,6 +1,8 @@
-"""What sample.py needs of finished runs, small enough to give away: the averaged parameters in bfloat16, and the T5.
+"""What sample.py needs of finished runs, small enough to give away.
 
     python demo/export.py runs demo
+
+The averaged parameters in bfloat16, and the T5.
 """
 
 import shutil
@@ -16,7 +18,7 @@ from train import checkpoints, load_checkpoint, new_parser, run_command, write_c
 
 
 def export(args):
-    for name in n2m.NAMES:
+    for name in n2m.MODELS:
         if not (found := checkpoints(args.runs / name)):
             continue
         model, tensors, metadata = load_checkpoint(found[-1], name, lambda n: n.startswith("ema/"))
@@ -24,7 +26,8 @@ def export(args):
             shutil.copytree(metadata["t5"] or args.runs / "t5", args.out / "t5", dirs_exist_ok=True)
         path = args.out / name / found[-1].name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(path, {k: v.astype(jnp.bfloat16) for k, v in tensors.items()}, model, metadata | {"t5": None})
+        tensors = {k: v.astype(jnp.bfloat16) for k, v in tensors.items()}
+        write_checkpoint(path, tensors, model, metadata | {"t5": None})
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -33,7 +36,7 @@ def parse_args(argv=None):
     parser.add_argument("runs", type=Path, metavar="RUNS", help="--out of the runs")
     parser.add_argument("out", type=Path, metavar="DIR", help="for sample.py --models")
     args = parser.parse_args(argv)
-    if not any(checkpoints(args.runs / name) for name in n2m.NAMES):
+    if not any(checkpoints(args.runs / name) for name in n2m.MODELS):
         parser.error(f"{args.runs}: no checkpoints in it")
     return args
 

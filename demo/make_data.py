@@ -1,18 +1,20 @@
-"""Real music with true captions, to train on: tunes and chorales from the music21 corpus, played by a General MIDI soundfont.
+"""Real music with true captions: tunes of the music21 corpus, played by a General MIDI soundfont.
 
     sudo apt-get install -y fluidsynth fluid-soundfont-gm
     pip install -e ".[demo]"
-    python demo/make_data.py data                     # data/train and data/heldout: 10 h and 2 h, 1.4 GB
+    python demo/make_data.py data         # data/train and data/heldout: 10 h and 2 h, 1.4 GB
     python train.py waveform_generator --tiny --data data/train --out runs
 
-Every clip is 12 s of one piece, on one of twelve instruments, transposed into its range, at a tempo that makes the captioned
-word true: it is the number of notes begun in a second that "slow", "medium" and "fast" mean. A tenth of the pieces, whole, is
-held out. The result depends on the seed alone; a run that was stopped goes on where it was.
+Every clip is 12 s of one piece, on one of twelve instruments, transposed into its range, at a tempo
+that makes the captioned word true: it is the number of notes begun in a second that "slow",
+"medium" and "fast" mean. A tenth of the pieces, whole, is held out. The result depends on the seed
+alone; a run that was stopped goes on where it was.
 
-Sources and licences. The music: O'Neill's Music of Ireland (1850 tunes, 1903), Ryan's Mammoth Collection (1883), Aird's Airs
-(1782) and J. S. Bach's chorales; all in the public domain, transcribed to ABC and MusicXML by volunteers, and part of
-music21 (BSD) with their permission. Left out: the Essen folk songs (given for non-commercial use) and Palestrina ("rights to
-all derivative electronic formats reserved"). The sound: FluidR3, Frank Wen, MIT licence.
+Sources and licences. The music: O'Neill's Music of Ireland (1850 tunes, 1903), Ryan's Mammoth
+Collection (1883), Aird's Airs (1782) and J. S. Bach's chorales; all in the public domain,
+transcribed to ABC and MusicXML by volunteers, and part of music21 (BSD) with their permission. Left
+out: the Essen folk songs (given for non-commercial use) and Palestrina ("rights to all derivative
+electronic formats reserved"). The sound: FluidR3, Frank Wen, MIT licence.
 """
 
 import argparse
@@ -47,7 +49,7 @@ class Piece(NamedTuple):
 
 # ---- The words that captions are made of ----
 
-INSTRUMENTS = {  # the words for it, the first one half of the time; General MIDI program; middle of its range
+INSTRUMENTS = {  # its words, the first half of the time; General MIDI program; middle of its range
     "piano": (("piano", "grand piano", "pianoforte"), 0, 67),
     "harpsichord": (("harpsichord", "cembalo"), 6, 67),
     "music box": (("music box", "musical box"), 10, 84),
@@ -84,37 +86,45 @@ def sentence(template: str, words: dict) -> str:
     """A template filled in; without the words that are not known of this piece."""
     text = " ".join(template.format(a="{a}", **words).split())
     while "{a}" in text:
-        text = re.sub(r"\{a\} (\w)", lambda m: ("an " if m[1] in "aeiouAEIOU" else "a ") + m[1], text, count=1)
+        article = lambda m: ("an " if m[1] in "aeiouAEIOU" else "a ") + m[1]
+        text = re.sub(r"\{a\} (\w)", article, text, count=1)
     return text[0].upper() + text[1:]
 
 
 def captions(rng, piece: Piece, instrument: str, tempo: str) -> tuple[list[str], list[str]]:
     """Five long captions by as many templates, and the tags."""
     usual_or_any = lambda words: words[0] if rng.random() < 0.5 else words[rng.integers(len(words))]
-    fits = [t for t in LONG if all(getattr(piece, key) for key in ("mode", "composer") if "{" + key + "}" in t)]
+    known = lambda t: all(getattr(piece, k) for k in ("mode", "composer") if "{" + k + "}" in t)
+    fits = [t for t in LONG if known(t)]
     long = []
     for template in rng.choice(fits, 5, replace=False):
-        words = {"instrument": usual_or_any(INSTRUMENTS[instrument][0]), "tempo": usual_or_any(TEMPI[tempo][0])}
+        words = {"instrument": usual_or_any(INSTRUMENTS[instrument][0]),
+                 "tempo": usual_or_any(TEMPI[tempo][0])}
         long.append(sentence(template, piece._asdict() | words))
-    short = [usual_or_any(INSTRUMENTS[instrument][0]), usual_or_any(TEMPI[tempo][0]), piece.genre, piece.region, piece.composer]
+    short = [usual_or_any(INSTRUMENTS[instrument][0]), usual_or_any(TEMPI[tempo][0]),
+             piece.genre, piece.region, piece.composer]
     return long, [tag for tag in [*short, piece.mode] if tag]
 
 
 # ---- The pieces ----
 
-GENRES = ("slip jig", "reel", "jig", "hornpipe", "strathspey", "clog", "fling", "march", "waltz", "polka", "quickstep")
+GENRES = ("slip jig", "reel", "jig", "hornpipe", "strathspey", "clog", "fling", "march", "waltz",
+          "polka", "quickstep")
 
 
 def genre_of(title: str, rhythm: str) -> str:
     """From ABC's R: field or from the title; "tune" where neither says."""
-    text = f"{rhythm} {title}".lower().replace("slipjig", "slip jig").replace("quick step", "quickstep")
+    text = f"{rhythm} {title}".lower()
+    text = text.replace("slipjig", "slip jig").replace("quick step", "quickstep")
     return next((genre for genre in GENRES if genre in text), "tune")
 
 
 def mode_of(key: str) -> str:
     """Of ABC's K: field, such as G, Am, Ddor."""
     found = re.match(r"[A-G][#b]?\s*([A-Za-z]*)", key)
-    return {"": "major", "maj": "major", "major": "major", "m": "minor", "min": "minor", "minor": "minor"}.get(found[1].lower(), "") if found else ""
+    modes = {"": "major", "maj": "major", "major": "major", "m": "minor", "min": "minor",
+             "minor": "minor"}
+    return modes.get(found[1].lower(), "") if found else ""
 
 
 def notes_of(score) -> list:
@@ -126,7 +136,8 @@ def notes_of(score) -> list:
             for note in element.notes if element.isChord else [element]:
                 if not hasattr(note, "pitch") or element.duration.isGrace:
                     continue
-                onset, length, pitch = float(element.offset), float(element.quarterLength), int(note.pitch.midi)
+                onset, length = float(element.offset), float(element.quarterLength)
+                pitch = int(note.pitch.midi)
                 if note.tie and note.tie.type in ("stop", "continue") and pitch in sounding:
                     sounding[pitch][1] += length
                 else:
@@ -141,16 +152,19 @@ def abc_pieces(path: Path, region: str) -> list[Piece]:
         field = {key: (re.findall(rf"(?m)^{key}:\s*(.*?)\s*$", tune) or [""])[0] for key in "XTRK"}
         try:
             notes = notes_of(converter.parse(tune, format="abc"))
-        except Exception as error:  # music21 raises what it likes at what volunteers typed; such a tune is left out
+        except Exception as error:  # music21 raises what it likes at what volunteers typed
             print(f"{path.name} {field['X']}: {type(error).__name__}; left out", file=sys.stderr)
             continue
-        pieces.append(Piece(f"{path.stem}-{field['X']}", field["T"], genre_of(field["T"], field["R"]), region, "", mode_of(field["K"]), notes))
+        pieces.append(Piece(f"{path.stem}-{field['X']}", field["T"],
+                            genre_of(field["T"], field["R"]), region, "", mode_of(field["K"]),
+                            notes))
     return pieces
 
 
 def chorale(path: Path) -> list[Piece]:
     score = converter.parse(path)
-    return [Piece(path.stem, path.stem.upper(), "chorale", "German", "Bach", score.analyze("key").mode, notes_of(score))]
+    return [Piece(path.stem, path.stem.upper(), "chorale", "German", "Bach",
+                  score.analyze("key").mode, notes_of(score))]
 
 
 def parse(path_and_region) -> list[Piece]:
@@ -164,8 +178,10 @@ def all_pieces(out: Path, pool) -> list[Piece]:
     cache = out / "pieces.jsonl"
     if not cache.exists():
         root = Path(corpus.__file__).parent
-        files = [(path, region) for folder, pattern, region in (("oneills1850", "*.abc", "Irish"), ("ryansMammoth", "*.abc", "American"),
-                 ("airdsAirs", "*.abc", "Scottish"), ("bach", "*.mxl", "German")) for path in sorted((root / folder).glob(pattern))]
+        sources = (("oneills1850", "*.abc", "Irish"), ("ryansMammoth", "*.abc", "American"),
+                   ("airdsAirs", "*.abc", "Scottish"), ("bach", "*.mxl", "German"))
+        files = [(path, region) for folder, pattern, region in sources
+                 for path in sorted((root / folder).glob(pattern))]
         pieces = [piece for found in pool.map(parse, files, chunksize=8) for piece in found]
         part = cache.with_suffix(".part")
         part.write_text("".join(json.dumps(piece) + "\n" for piece in pieces))
@@ -182,28 +198,36 @@ def held_out(piece: Piece) -> bool:
 
 
 def excerpt(rng, piece: Piece, tempo: str):
-    """(notes in seconds, notes begun in a second) of SECONDS of a piece from a random note on, or its end repeated from there."""
+    """(notes in seconds, notes begun in a second) of SECONDS of a piece from a random note on, or
+    its end repeated from there."""
     _, low, high = TEMPI[tempo]
     rate, onsets = rng.uniform(low, high), np.unique([onset for onset, _, _ in piece.notes])
     wanted = int(rate * SECONDS) + 1
     start = onsets[rng.integers(max(1, len(onsets) - wanted))]
-    notes = [[onset - start, length, pitch] for onset, length, pitch in piece.notes if onset >= start]
+    notes = [[onset - start, length, pitch] for onset, length, pitch in piece.notes
+             if onset >= start]
     end = max(onset + length for onset, length, _ in notes)
-    notes = [[onset + k * end, length, pitch] for k in range(1 + wanted // max(1, len(onsets) // 4)) for onset, length, pitch in notes]
+    repeats = range(1 + wanted // max(1, len(onsets) // 4))
+    notes = [[onset + k * end, length, pitch] for k in repeats for onset, length, pitch in notes]
     begun = np.unique([onset for onset, _, _ in notes])[: wanted + 1]
-    quarter = wanted / rate / (begun[-1] - begun[0])  # seconds, so that `wanted` notes begin in wanted / rate seconds
-    return [(onset * quarter, length * quarter, pitch) for onset, length, pitch in notes if onset * quarter < SECONDS], rate
+    # Seconds, so that `wanted` notes begin in wanted / rate seconds.
+    quarter = wanted / rate / (begun[-1] - begun[0])
+    return [(onset * quarter, length * quarter, pitch) for onset, length, pitch in notes
+            if onset * quarter < SECONDS], rate
 
 
 def midi(rng, notes, program: int, center: int) -> mido.MidiFile:
-    """One track, transposed by octaves to around `center` and by up to three semitones; a little uneven in loudness."""
-    shift = 12 * round((center - np.median([pitch for _, _, pitch in notes])) / 12) + int(rng.integers(-3, 4))
+    """One track, transposed by octaves to around `center` and by up to three semitones; a little
+    uneven in loudness."""
+    middle = np.median([pitch for _, _, pitch in notes])
+    shift = 12 * round((center - middle) / 12) + int(rng.integers(-3, 4))
     events = [(0.0, mido.Message("program_change", program=program))]
     for onset, length, pitch in notes:
         pitch = int(np.clip(pitch + shift, 21, 108))
-        events.append((onset, mido.Message("note_on", note=pitch, velocity=int(rng.integers(80, 112)))))
+        on = mido.Message("note_on", note=pitch, velocity=int(rng.integers(80, 112)))
+        events.append((onset, on))
         events.append((onset + max(0.05, 0.92 * length), mido.Message("note_off", note=pitch)))
-    file = mido.MidiFile(ticks_per_beat=1000)  # and the default tempo of two beats a second: a tick is 0.5 ms
+    file = mido.MidiFile(ticks_per_beat=1000)  # by default at two beats a second: a tick is 0.5 ms
     track, now = mido.MidiTrack(), 0
     for time, message in sorted(events, key=lambda e: e[0]):
         tick = round(time * 2000)
@@ -214,22 +238,25 @@ def midi(rng, notes, program: int, center: int) -> mido.MidiFile:
 
 
 def render(file: mido.MidiFile, soundfont: Path) -> np.ndarray:
-    """(SECONDS * RATE,) mono, at a loudness of -15 dBFS or with its peak at 0.95, whichever is less loud."""
+    """(SECONDS * RATE,) mono, at a loudness of -15 dBFS or with its peak at 0.95, whichever is less
+    loud."""
     with tempfile.TemporaryDirectory() as folder:
         mid, wav = Path(folder) / "a.mid", Path(folder) / "a.wav"
         file.save(mid)
-        subprocess.run(["fluidsynth", "-niq", "-g", "0.5", "-r", str(RATE), "-o", "synth.chorus.active=0", "-o",
-                        "synth.dynamic-sample-loading=1", "-F", str(wav), str(soundfont), str(mid)],
-                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        subprocess.run(["fluidsynth", "-niq", "-g", "0.5", "-r", str(RATE), "-o",
+                        "synth.chorus.active=0", "-o", "synth.dynamic-sample-loading=1", "-F",
+                        str(wav), str(soundfont), str(mid)],
+                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         audio = soundfile.read(wav, dtype="float32", always_2d=True)[0].mean(axis=1)
     audio = np.pad(audio[: SECONDS * RATE], (0, max(0, SECONDS * RATE - len(audio))))
     return audio * min(10 ** (-15 / 20) / np.sqrt(np.mean(audio**2)), 0.95 / np.abs(audio).max())
 
 
 def make_clip(job) -> dict:
-    """Clip number `number` of a split, a function of it and the seed; its line of captions.jsonl."""
+    """Clip `number` of a split, a function of it and the seed; its line of captions.jsonl."""
     number, piece, path, soundfont, seed = job
-    rng, words = np.random.default_rng([seed, zlib.crc32(path.parent.name.encode()), number]).spawn(2)
+    split = zlib.crc32(path.parent.name.encode())
+    rng, words = np.random.default_rng([seed, split, number]).spawn(2)
     instrument = list(INSTRUMENTS)[number % 12]
     tempo = list(TEMPI)[number // 12 % 3]
     notes, rate = excerpt(rng, piece, tempo)
@@ -240,16 +267,18 @@ def make_clip(job) -> dict:
         part = path.with_suffix(".part")
         soundfile.write(part, render(file, soundfont), RATE, "PCM_16", format="FLAC")
         os.replace(part, path)
-    return {"audio": path.name, "long": long, "short": short, "instrument": instrument, "tempo": tempo, "notes_per_second": round(rate, 2),
-            "piece": piece.id, "genre": piece.genre, "region": piece.region}
+    return {"audio": path.name, "long": long, "short": short, "instrument": instrument,
+            "tempo": tempo, "notes_per_second": round(rate, 2), "piece": piece.id,
+            "genre": piece.genre, "region": piece.region}
 
 
 def make_split(out: Path, name: str, pieces: list[Piece], n: int, args, pool):
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     order = np.random.default_rng([args.seed, zlib.crc32(name.encode())])
-    chosen = np.concatenate([order.permutation(len(pieces)) for _ in range(n // len(pieces) + 1)])[:n]
-    jobs = [(number, pieces[i], folder / f"{number:05d}.flac", args.soundfont, args.seed) for number, i in enumerate(chosen)]
+    rounds = [order.permutation(len(pieces)) for _ in range(n // len(pieces) + 1)]
+    jobs = [(number, pieces[i], folder / f"{number:05d}.flac", args.soundfont, args.seed)
+            for number, i in enumerate(np.concatenate(rounds)[:n])]
     lines = []
     for entry in pool.map(make_clip, jobs, chunksize=4):
         lines.append(json.dumps(entry) + "\n")
@@ -261,19 +290,25 @@ def make_split(out: Path, name: str, pieces: list[Piece], n: int, args, pool):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--train", type=int, default=3000, metavar="N", help="clips to train on (default: 3000)")
-    parser.add_argument("--heldout", type=int, default=600, metavar="N", help="clips of held-out pieces (default: 600)")
-    parser.add_argument("--soundfont", type=Path, default=Path("/usr/share/sounds/sf2/FluidR3_GM.sf2"), metavar="FILE", help="any .sf2 of General MIDI")
+    parser.add_argument("--train", type=int, default=3000, metavar="N",
+                        help="clips to train on (default: 3000)")
+    parser.add_argument("--heldout", type=int, default=600, metavar="N",
+                        help="clips of held-out pieces (default: 600)")
+    parser.add_argument("--soundfont", type=Path, metavar="FILE", help="any .sf2 of General MIDI",
+                        default=Path("/usr/share/sounds/sf2/FluidR3_GM.sf2"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not args.soundfont.is_file():
-        parser.exit(2, f"{args.soundfont}: no such file; apt-get install fluid-soundfont-gm, or name another with --soundfont\n")
+        parser.exit(2, f"{args.soundfont}: no such file; apt-get install fluid-soundfont-gm, or "
+                    "name another with --soundfont\n")
     args.out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
         pieces = all_pieces(args.out, pool)
-        splits = {"heldout": [p for p in pieces if held_out(p)], "train": [p for p in pieces if not held_out(p)]}
+        splits = {"heldout": [p for p in pieces if held_out(p)],
+                  "train": [p for p in pieces if not held_out(p)]}
         print(f"{len(pieces)} pieces, {len(splits['heldout'])} of them held out", flush=True)
         for name, n in (("train", args.train), ("heldout", args.heldout)):
             make_split(args.out, name, splits[name], n, args, pool)

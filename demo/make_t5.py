@@ -1,12 +1,14 @@
-"""A small T5 encoder that knows English words: distilled from WordLlama, whose word vectors come inside its package.
+"""A small T5 encoder that knows English words: distilled from WordLlama.
 
     pip install -e ".[demo]"
     python demo/make_t5.py data/train demo/t5         # 3 minutes on two cores
 
-What a language model learns of words (that "speedy" is like "fast", and a "fiddle" like a "violin") WordLlama (Miller, 2024;
-MIT licence) keeps as a vector a word, taken out of Llama 2. Here each token of a text learns to predict, by a matrix that is
-thrown away afterwards, the vector of the word it is a piece of. The texts are the captions, with words replaced at random by
-any of the 30,000 most frequent English words (wordfreq, Speer 2022), and such words in a row. So a prompt may use words that no caption has.
+What a language model learns of words (that "speedy" is like "fast", and a "fiddle" like a "violin")
+WordLlama (Miller, 2024; MIT licence), whose word vectors come inside its package, keeps as a vector
+a word, taken out of Llama 2. Here each token of a text learns to predict, by a matrix that is
+thrown away afterwards, the vector of the word it is a piece of. The texts are the captions, with
+words replaced at random by any of the 30,000 most frequent English words (wordfreq, Speer 2022),
+and such words in a row. So a prompt may use words that no caption has.
 """
 
 import argparse
@@ -32,12 +34,14 @@ WORDS, LENGTH, BATCH = 30_000, 20, 64
 
 
 def make_tokenizer(words, texts, size: int) -> sentencepiece.SentencePieceProcessor:
-    """Each word as often as the square root of its rank allows, so that the frequent ones are one piece."""
-    lines = [word for rank, word in enumerate(words) for _ in range(max(1, round(300 / (rank + 1) ** 0.5)))]
+    """Each word as often as its rank's root allows, so that the frequent ones are one piece."""
+    lines = [word for rank, word in enumerate(words)
+             for _ in range(max(1, round(300 / (rank + 1) ** 0.5)))]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*lines, *texts]), model_writer=model, model_type="unigram", vocab_size=size, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, byte_fallback=True, num_threads=1, minloglevel=2)  # fmt: skip
+        sentence_iterator=iter([*lines, *texts]), model_writer=model, model_type="unigram",
+        vocab_size=size, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, byte_fallback=True,
+        num_threads=1, minloglevel=2)
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
@@ -47,11 +51,13 @@ def draw_text(rng, words, cumulative, texts) -> list[str]:
     if rng.random() < 0.5:
         return draw(rng.integers(1, 8))
     text, replaced = texts[rng.integers(len(texts))].split(), rng.random() * 0.7
-    return [word if rng.random() > replaced else other for word, other in zip(text, draw(len(text)))]
+    return [word if rng.random() > replaced else other
+            for word, other in zip(text, draw(len(text)))]
 
 
 def draw_batch(rng, tokenizer, vector_of, draw):
-    """ids (B, L), mask (B, L), and the vector of each token's word (B, L, 256); zeros for padding and </s>."""
+    """ids (B, L), mask (B, L), and the vector of each token's word (B, L, 256): zeros for padding
+    and </s>."""
     ids, targets = np.zeros((BATCH, LENGTH), np.int32), np.zeros((BATCH, LENGTH, 256), np.float32)
     for row in range(BATCH):
         at = 0
@@ -78,7 +84,8 @@ def step(weights, opt, config, tx, ids, mask, targets):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a folder with captions.jsonl")
     parser.add_argument("out", type=Path, help="the T5 folder to make")
     parser.add_argument("--steps", type=int, default=4000)
@@ -87,9 +94,11 @@ def main():
     texts = sorted({text for track in tracks for text in track.long + (", ".join(track.short),)})
     words = [word for word in wordfreq.top_n_list("en", WORDS) if word.isalpha() and word.isascii()]
     cumulative = np.cumsum(1 / np.arange(10, len(words) + 10) ** 0.5)
-    draw = functools.partial(draw_text, words=words, cumulative=cumulative / cumulative[-1], texts=texts)
+    cumulative /= cumulative[-1]
+    draw = functools.partial(draw_text, words=words, cumulative=cumulative, texts=texts)
 
-    teacher = wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
+    inside = Path(wordllama.__file__).parent
+    teacher = wordllama.WordLlama.load(cache_dir=inside, disable_download=True)
     bare = lambda word: "".join(c for c in word.lower() if c.isalpha() or c == "-") or word
     vector_of = functools.cache(lambda word: teacher.embed([bare(word)], norm=True)[0])
 
@@ -97,14 +106,17 @@ def main():
     tokenizer = make_tokenizer(words, texts, 8000)
     embed = 0.1 * jax.random.normal(jax.random.key(1), (tokenizer.get_piece_size(), 128))
     config = t5_encoder.dataclasses.replace(t5.config, vocab_size=tokenizer.get_piece_size())
-    weights = {"t5": {**t5.params, "embed": embed}, "head": jax.random.normal(jax.random.key(2), (128, 256)) / 128**0.5}
+    head = jax.random.normal(jax.random.key(2), (128, 256)) / 128**0.5
+    weights = {"t5": {**t5.params, "embed": embed}, "head": head}
     tx = optax.adam(optax.warmup_cosine_decay_schedule(0, 3e-3, 100, args.steps))
     opt, rng, losses, begin = tx.init(weights), np.random.default_rng(0), [], time.monotonic()
     for n in range(1, args.steps + 1):
-        weights, opt, loss = step(weights, opt, config, tx, *draw_batch(rng, tokenizer, vector_of, draw))
+        batch = draw_batch(rng, tokenizer, vector_of, draw)
+        weights, opt, loss = step(weights, opt, config, tx, *batch)
         losses.append(loss)
         if n % 100 == 0:
-            print(f"step {n}/{args.steps}  1 - cosine {float(np.mean(losses[-100:])):.4f}  {time.monotonic() - begin:.0f} s", flush=True)
+            print(f"step {n}/{args.steps}  1 - cosine {float(np.mean(losses[-100:])):.4f}  "
+                  f"{time.monotonic() - begin:.0f} s", flush=True)
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights["t5"])
     t5_encoder.save_t5(args.out, t5_encoder.T5(config, params, tokenizer))
     print(f"{args.out}: {sum(a.size for a in jax.tree.leaves(params)) / 1e6:.1f} M parameters")

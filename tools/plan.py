@@ -1,8 +1,12 @@
 """What a TPU that is not here would need, by its own compiler (Secs. 4.1 and 4.2.2).
 
-    pip install "jax[tpu]"                                # brings the compiler
-    python tools/plan.py v4:2x2x1                         # Table 4: one denoising step of each model, four clips of 30 s
+    pip install "jax[tpu]"                                    # brings the compiler
+    python tools/plan.py v4:2x2x1                             # Table 4: a step of each model
+    python tools/plan.py v4:2x2x1 --only spectrogram_vocoder
     python tools/plan.py v4:4x4x4 --train waveform_generator --batch-size 2048
+
+Compiles the programs that sample.py and train.py run. Their time is an estimate from the compiler's
+own counts: the larger of arithmetic and memory traffic at the chip's peak rates, then collectives.
 """
 
 import functools
@@ -22,9 +26,11 @@ from jax.sharding import NamedSharding
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import noise2music as n2m
-from sample import for_tpu
+from sample import serving_mesh
 from t5_encoder import check
-from train import default_parts, gradients, init_state, new_parser, run_command, state_layout, update
+from train import (default_parts, gradients, init_state, new_parser, number, run_command,
+                   state_layout, update)
+
 
 class Chip(NamedTuple):
     flops: float  # a second, of bfloat16
@@ -34,55 +40,71 @@ class Chip(NamedTuple):
 
 
 CHIPS = {"v4": Chip(275e12, 1.2e12, 0.3e12, 32)}  # Jouppi et al. (2023); for another kind, a row
+HEADER = (f"{'model':25s} {'params':>8s} {'arithmetic':>11s} {'HBM traffic':>12s} "
+          f"{'collectives':>12s} {'step':>10s} {'HBM a chip':>11s} {'compiled in':>12s}")
 
 
-PLAN_HEADER = (f"{'model':25s} {'params':>8s} {'arithmetic':>11s} {'HBM traffic':>12s} {'collectives':>12s} {'step':>10s} "
-               f"{'HBM a chip':>11s} {'compiled in':>12s}")
-
-
-def plan_mesh(topology: str, model_parallel: int):
-    """(mesh, Chip) of a TPU such as v4:2x2x1, for compilation only. Needs libtpu, and no TPU."""
+def tpu(topology: str):
+    """(devices, Chip) of a TPU such as v4:2x2x1, for compilation only. Needs libtpu, and no TPU."""
     kind = topology.partition(":")[0]
-    check(kind in CHIPS, f"{topology!r} is not KIND:AxBxC with a kind of {', '.join(CHIPS)} (CHIPS in plan.py)")
+    check(kind in CHIPS, f"{topology!r} is not KIND:AxBxC with a kind of {', '.join(CHIPS)} (CHIPS "
+          "in plan.py)")
     # What libtpu otherwise asks of the machine that it takes for a TPU's host.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": f"{kind}-8", "TPU_WORKER_HOSTNAMES": "localhost",
-                   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": f"{kind}-8",
+                   "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     jax.config.update("jax_platforms", "cpu")
+    # What is compiled for another machine can be kept on the disk, but not read back.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     try:
         from jax.experimental import topologies
 
-        devices = topologies.get_topology_desc(topology, "tpu", chip_config_name="megacore").devices
+        found = topologies.get_topology_desc(topology, "tpu", chip_config_name="megacore")
     except Exception as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"{topology}: {reason}; it needs libtpu (pip install 'jax[tpu]'), and a shape such as "
-                         "v4:2x2x1") from None
-    return n2m.make_mesh(model_parallel, devices), CHIPS[kind]
+        raise ValueError(f"{topology}: {str(error).splitlines()[0][:200]}; it needs libtpu (pip "
+                         "install 'jax[tpu]'), and a shape such as v4:2x2x1") from None
+    return found.devices, CHIPS[kind]
 
 
-def shaped(mesh, shape, dtype, *axes):
-    """An array that is not there, laid out by SHARDING: what a program is compiled for."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, n2m.partition(mesh, shape, axes)))
+def array(*shape, dtype=jnp.float32):
+    """An array that is not there: what a program is compiled for."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def laid_out(tree, layout):
+    """Such arrays, each with its place on a mesh."""
+    place = lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at)
+    return jax.tree.map(place, tree, layout)
+
+
+def across(mesh, tree):
+    """The same for a batch, whose rows SHARDING lays along "data"."""
+    rows = lambda a: NamedSharding(mesh, n2m.partition(mesh, a.shape, ("batch",)))
+    return laid_out(tree, jax.tree.map(rows, tree))
+
+
+def text_condition(model: n2m.Model, rows: int) -> n2m.Condition:
+    """Of the prompts of `rows` clips, where the model reads text (Sec. 3.4)."""
+    if not n2m.uses_text(model):
+        return n2m.Condition()
+    L, E = model.training.token_length, model.unet.text_width
+    return n2m.Condition(text=array(rows, L, E), text_mask=array(rows, L, dtype=bool))
 
 
 def collectives(hlo: str) -> tuple[dict, int]:
-    """How many collectives of each kind a compiled program has, and the bytes they put on a chip's links."""
+    """{kind: number} of a compiled program's collectives, and the bytes on a chip's links."""
     size = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
     counts, total = {}, 0
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", hlo):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
-        sent = sum(size.get(t, 4) * math.prod(int(d) for d in dims.split(",") if d) for t, dims in arrays)
+        sent = sum(size.get(t, 4) * math.prod(int(d) for d in dims.split(",") if d)
+                   for t, dims in re.findall(r"(\w+)\[([\d,]*)\]", result))
         counts[kind] = counts.get(kind, 0) + 1
         total += sent * (2 if kind == "all-reduce" else 1)  # a ring reduces, then gathers
     return counts, total
 
 
 def plan(name: str, lowered, params: float, chip: Chip, repeat: int = 1, beside: str = ""):
-    """Compiles a program, prints its row of the plan, and returns (ms a run, GiB a chip).
-
-    The time is what a chip needs for the larger of its arithmetic and its memory traffic, and for its collectives
-    after that; `repeat` counts the runs in a step.
-    """
+    """Compiles a program and prints its row. Returns the ms that `repeat` runs of it take."""
     begin = time.monotonic()
     compiled = lowered.compile()
     seconds = time.monotonic() - begin
@@ -92,96 +114,103 @@ def plan(name: str, lowered, params: float, chip: Chip, repeat: int = 1, beside:
         cost["flops"] / chip.flops, cost["bytes accessed"] / chip.hbm, sent / chip.links))
     step = max(arithmetic, traffic) + links
     kinds = " + ".join(f"{n} {kind}" for kind, n in counts.items()) or "no collectives"
-    used = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes) / 2**30
-    print(f"{name:25s} {params / 1e6:6.1f} M {arithmetic:8.1f} ms {traffic:9.1f} ms {links:9.2f} ms {step:7.1f} ms "
-          f"{used:7.2f} GiB {seconds:10.0f} s   {kinds}{beside}", flush=True)
-    check(used <= chip.memory,
-          f"{name}: {used:.1f} GiB do not fit a chip of {chip.memory} GiB; a larger --accumulate or topology does")
-    return step, used
+    used = (memory.argument_size_in_bytes + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 2**30
+    print(f"{name:25s} {params / 1e6:6.1f} M {arithmetic:8.1f} ms {traffic:9.1f} ms "
+          f"{links:9.2f} ms {step:7.1f} ms {used:7.2f} GiB {seconds:10.0f} s   {kinds}{beside}",
+          flush=True)
+    check(used <= chip.memory, f"{name}: {used:.1f} GiB do not fit a chip of {chip.memory} GiB; a "
+          "larger --accumulate or topology does")
+    return step
 
 
-# ---- Serving (Sec. 4.2.2) ----
+# ---- Sampling (Sec. 4.2.2) ----
 
 def lower_step(model: n2m.Model, mesh, num: int, seconds: float):
-    """One denoising step of `num` clips, with its guidance, clipping and noise, in bfloat16, as `sample` would run it."""
-    cfg, T, text = model.unet, n2m.padded_length(model.unet, round(seconds * model.rate)), None
-    spec, places = n2m.unet_spec(cfg), n2m.shardings(cfg, mesh)
-    params = jax.tree.map(lambda p, place: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=place), spec, places,
-                          is_leaf=lambda p: isinstance(p, n2m.Param))
-    array = lambda *shape, dtype=jnp.float32: shaped(mesh, (num, *shape), dtype, "batch")
-    condition = n2m.Condition(array(T, 1) if model.low_rate else None,
-                              array(T // n2m.HOP, cfg.aligned_channels) if cfg.aligned_channels else None)
-    if n2m.uses_text(model):
-        text = array(model.training.token_length, cfg.text_width), array(model.training.token_length, dtype=jnp.bool_)
-        condition = condition._replace(text=text[0], text_mask=text[1])
-    keys = array(dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    update = n2m.Update(*[shaped(mesh, (1,), jnp.float32)] * len(n2m.Update._fields))
+    """One denoising step of `num` clips, with guidance, clipping and noise: a chunk of `sample`."""
+    cfg = model.unet
+    previous = array(num, round(seconds * (model.low_rate or n2m.MEL_RATE)))
+    if cfg.aligned_channels:
+        previous = jax.eval_shape(n2m.log_mel, previous)
+    condition = jax.eval_shape(lambda given, previous: n2m.sampling_condition(
+        model, given, previous, seconds), text_condition(model, num), previous)
+    x_t = array(num, n2m.padded_length(cfg, round(seconds * model.rate)), cfg.out_channels)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num))
+    x_t, condition, keys = across(mesh, (x_t, condition, keys))
+    params = jax.eval_shape(lambda: n2m.init_params(jax.random.key(0), cfg))
+    params = jax.tree.map(lambda p: array(*p.shape, dtype=jnp.bfloat16), params)  # as with --bf16
+    updates = n2m.Update(*[array(1)] * len(n2m.Update._fields))
     with jax.set_mesh(mesh):
-        return n2m._sample_chunk.lower(params, model, array(T, cfg.out_channels), condition, keys, 1, update,
-                                       model.inference.cfg_scale, jnp.bfloat16)
+        return n2m._sample_chunk.lower(laid_out(params, n2m.shardings(cfg, mesh)), model, x_t,
+                                       condition, keys, 1, updates)
 
 
-def print_serving(args):
-    """Table 4 for this code on a TPU that need not be there: the five models of the paper, compiled ahead of time."""
-    mesh, chip = plan_mesh(args.topology, args.model_parallel)
-    num, seconds = args.num or 4, args.seconds or 30.0
-    print(f"one denoising step of {num} clips of {seconds:g} s on {args.topology}, bfloat16, guidance included\n{PLAN_HEADER}")
+def plan_sampling(args):
+    """Table 4 by this code: each model, a step of it."""
+    devices, chip = tpu(args.topology)
+    mesh, seconds = serving_mesh(args.num, args.model_parallel, devices), args.seconds or 30.0
+    print(f"a denoising step, as `sample.py --num {args.num} --seconds {seconds:g} --bf16 "
+          f"--model-parallel {args.model_parallel}` runs it on {args.topology}\n{HEADER}")
     for name, model in n2m.MODELS.items():
-        lowered = lower_step(for_tpu(model, num, seconds, mesh), mesh, num, seconds)
-        plan(name, lowered, n2m.param_count(model), chip, beside=f"; Table 4: {n2m.TABLE_4[name]} ms")
+        if args.only in (None, name):
+            model = replace(model, unet=replace(model.unet, dtype="bfloat16"))
+            beside = f"; Table 4: {n2m.TABLE_4[name]} ms" if name in n2m.TABLE_4 else ""
+            plan(name, lower_step(model, mesh, args.num, seconds), n2m.param_count(model), chip,
+                 beside=beside)
 
 
 # ---- Training (Sec. 4.1) ----
 
-def print_training(args):
-    """What a step of a model of the paper takes on a TPU that need not be there."""
-    mesh, chip = plan_mesh(args.topology, args.model_parallel)
-    model = n2m.MODELS[args.train]
-    changes = {k: v for k, v in (("batch_size", args.batch_size), ("seconds", args.seconds)) if v}
-    model = replace(model, training=replace(model.training, **changes))
-    c, cfg, n = model.training, model.unet, n2m.param_count(model)
+def plan_training(args):
+    """A step of training: the gradients of each part of the batch, and the update."""
+    devices, chip = tpu(args.topology)
+    mesh, model = n2m.make_mesh(args.model_parallel, devices), n2m.MODELS[args.train]
+    changes = {k: v for k in ("batch_size", "seconds") if (v := getattr(args, k))}
+    model = replace(model, training=replace(model.training, **changes),
+                    unet=replace(model.unet, dtype="bfloat16", remat=True))
+    c, n = model.training, n2m.param_count(model)
     parts = args.accumulate or default_parts(c.batch_size, mesh)
-    part = c.batch_size // parts
-    model = n2m.in_pieces(model, part // mesh.shape["data"], round(c.seconds * model.rate))
-    batch = [shaped(mesh, (part, round(c.seconds * model.audio_rate)), jnp.float32, "batch"), None, None]
-    if n2m.uses_text(model):
-        batch[1:] = [shaped(mesh, (part, c.token_length, cfg.text_width), jnp.float32, "batch"),
-                     shaped(mesh, (part, c.token_length), jnp.bool_, "batch")]
-    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-                         jax.eval_shape(functools.partial(init_state, model, 0)), state_layout(model, mesh))
-    print(f"one training step of {c.batch_size} clips of {c.seconds:g} s on {args.topology}, bfloat16, in {parts} parts, "
-          f"{part // mesh.shape['data']} clips a chip at once\n{PLAN_HEADER}")
+    check(c.batch_size % parts == 0,
+          f"--accumulate {parts} does not divide the batch of {c.batch_size}")
+    audio = array(c.batch_size // parts, round(c.seconds * model.audio_rate))
+    batch = across(mesh, n2m.Batch(audio, text_condition(model, audio.shape[0])))
+    state = laid_out(jax.eval_shape(functools.partial(init_state, model, 0)),
+                     state_layout(model, mesh))
+    print(f"a training step, as `train.py {args.train} --batch-size {c.batch_size} --seconds "
+          f"{c.seconds:g} --accumulate {parts} --model-parallel {args.model_parallel} --bf16 "
+          f"--remat` runs it on {args.topology}\n{HEADER}")
     with jax.set_mesh(mesh):
-        lowered = gradients.lower(state.params, model, jax.eval_shape(jax.random.key, 0), *batch, jnp.bfloat16, True)
-        step, used = plan(f"gradients x {parts}", lowered, n, chip, parts)
+        key = jax.eval_shape(jax.random.key, 0)
+        lowered = gradients.lower(state.params, model, key, batch)
+        step = plan(f"gradients x {parts}", lowered, n, chip, parts)
         lowered = update.lower(state, model, state.ema)  # gradients lie as their averages do
-        step += plan("update", lowered, n, chip)[0]
-    days = step / 1e3 * c.steps / 86400
-    print(f"{args.train}: {step:.0f} ms a step, {days:.1f} days for the {c.steps} steps of Table 2")
+        step += plan("update", lowered, n, chip)
+    print(f"{args.train}: {step:.0f} ms a step, {step / 1e3 * c.steps / 86400:.1f} days for the "
+          f"{c.steps} steps of Table 2")
 
 
-# ---- The command line ----
-
+# ---- Command line ----
 
 def parse_args(argv=None):
     parser = new_parser("plan.py", __doc__)
-    parser.add_argument("topology", metavar="TPU", help="such as v4:2x2x1")
-    parser.add_argument("--train", choices=n2m.NAMES, metavar="MODEL", help="a training step of this model, not Table 4")
-    parser.add_argument("--model-parallel", type=int, default=1, metavar="N", help="devices that share a matrix (default: 1)")
-    parser.add_argument("--num", type=int, default=4, metavar="N", help="clips (default: 4, as in Table 4)")
-    parser.add_argument("--seconds", type=float, help="of a clip (default: 30, or what the model is trained on)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="of --train (default: the paper's)")
-    parser.add_argument("--accumulate", type=int, metavar="N", help="parts of a batch (default: as few as leave a device 8 clips)")
+    add, count = parser.add_argument, number(int, 1)
+    add("topology", metavar="TPU", help="such as v4:2x2x1")
+    add("--only", choices=tuple(n2m.MODELS), metavar="MODEL", help="one row of Table 4")
+    add("--train", choices=tuple(n2m.MODELS), metavar="MODEL", help="a training step, not Table 4")
+    add("--model-parallel", type=count, default=1, metavar="N",
+        help="devices that share a matrix (default: 1)")
+    add("--num", type=count, default=4, metavar="N", help="clips (default: 4, as in Table 4)")
+    add("--seconds", type=number(float, 0.01), help="of a clip (default: 30, or with --train what "
+        "the model is trained on)")
+    add("--batch-size", type=count, metavar="N", help="of --train (default: the paper's)")
+    add("--accumulate", type=count, metavar="N",
+        help="parts of a batch (default: as few as leave a device 8 clips)")
     return parser.parse_args(argv)
 
 
-def run(args):
-    return print_training(args) if args.train else print_serving(args)
-
-
 def main(argv=None):
-    run_command(run, parse_args(argv))
+    args = parse_args(argv)
+    run_command(plan_training if args.train else plan_sampling, args)
 
 
 if __name__ == "__main__":

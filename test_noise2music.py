@@ -1,5 +1,6 @@
 """What a sceptical reader would check: the paper against noise2music.py, T5 against its reference, both scripts."""
 
+import ast
 import dataclasses
 import functools
 import io
@@ -7,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import socket
@@ -2435,3 +2437,76 @@ def test_windows_of_ten_seconds(seconds, n):
     line = pieces.ravel()
     kept = min(len(audio), len(line))
     assert (line[:kept] == audio[:kept]).all() and not line[kept:].any()
+
+
+# ---- README.md ----
+
+FOLDER = Path(__file__).parent
+README = (FOLDER / "README.md").read_text()
+
+
+def table_after(heading):
+    """The rows of the first table below a heading of the README, as lists of cells."""
+    lines = README.split(f"## {heading}")[1].split("\n## ")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")][1:]
+
+
+def top_level(file):
+    """(line, name) of every top-level statement of a file that names something, by its last line."""
+    for node in ast.parse((FOLDER / file).read_text()).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node
+        target = target.elts[0] if isinstance(target, ast.Tuple) else target
+        if name := getattr(target, "name", None) or getattr(target, "id", None):
+            yield node.end_lineno, name
+
+
+def cited(text):
+    """{"Sec. 3.1", "Eq. 4", ...} in a text with "Eqs. 2 to 4" written out, "Secs. 4.4, 4.5" and "Tables 5 and 6"."""
+    found = set()
+    for kind, numbers in re.findall(r"(Sec|Eq|Table|Fig|App)s?\.? ([A-D\d](?:[\d., ]|and |[A-D]\b)*)", text):
+        found |= {f"{kind} {number.rstrip('.')}" for number in re.findall(r"[A-D\d][\d.]*", numbers)}
+    return found
+
+
+def test_the_map_of_the_readme_is_complete_and_every_name_in_it_is_there():
+    rows, found = table_after("Read it beside the paper"), set()
+    for paper, here in rows:
+        found |= cited(paper)
+        words = re.findall(r"`([^`]+)`", here)
+        files = [word.split()[0] for word in words if word.split()[0].endswith(".py")]
+        assert all((FOLDER / file).is_file() for file in files) and (words or here.startswith("not here: ")), here
+        names = {name for file in ("noise2music.py", *files) for _, name in top_level(file)}
+        for word in words:
+            name = re.match(r"\w+", word)[0]
+            assert word.split()[0] in files or name in names, f"{word} of the row {paper!r} is nowhere"
+            assert "[" not in word or eval(f"n2m.{word}")
+    wanted = {f"Eq {n}" for n in range(1, 7)} | {f"Table {n}" for n in range(1, 10)} | {f"Fig {n}" for n in range(1, 6)}
+    wanted |= {f"Sec 3.{n}" for n in range(1, 7)} | {f"Sec 4.{n}" for n in range(1, 7)} | {f"App {x}" for x in "ABCD"}
+    covered = found | {re.match(r"\w+ (\d\.\d|[A-D])", ref)[0] for ref in found if re.match(r"Sec|App", ref)}
+    assert not wanted - covered, f"the map lacks {sorted(wanted - covered)}"
+
+
+def test_the_table_of_choices_is_what_grep_finds():
+    """`grep -nE "choice:|departs:"` by the top-level name around the line, or below it; a docstring's is the file's."""
+    tagged, listed = set(), set()
+    for file in ("noise2music.py", "t5_encoder.py", "train.py", "sample.py", *(f"tools/{n}.py" for n in ("evaluate", "label", "plan"))):
+        ends = [(ast.parse((FOLDER / file).read_text()).body[0].end_lineno, file), *top_level(file)]
+        for number, line in enumerate((FOLDER / file).read_text().splitlines(), 1):
+            if re.search(r"(?<!`)(choice|departs):", line):
+                tagged.add((file, next(name for end, name in ends if number <= end)))
+    for where, *_ in table_after("Where the paper is silent or disagrees with itself"):
+        file = (re.findall(r"\((.+\.py)\)", where) or ["noise2music.py"])[0]
+        listed |= {(file, name) for name in re.findall(r"`([^`]+)`", where)}
+    assert tagged == listed, f"without a row: {tagged - listed}; without a tag: {listed - tagged}"
+
+
+def test_every_command_of_the_readme_is_understood_and_it_has_200_lines():
+    sys.path.insert(0, str(FOLDER / "tools"))
+    blocks, seen = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " "), set()
+    for script, rest in re.findall(r"python (\S+\.py)(.*)", blocks):
+        words = ["waveform_generator" if w == "MODEL" else w for w in shlex.split(rest, comments=True)]
+        parse = __import__(Path(script).stem).parse_args if (FOLDER / script).is_file() else pytest.fail(script)
+        parse(words)
+        seen.add(script)
+    assert seen >= {"sample.py", "train.py", "tools/label.py", "tools/evaluate.py"}
+    assert len(README.splitlines()) <= 200

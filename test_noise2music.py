@@ -1,5 +1,6 @@
 """What a sceptical reader checks: noise2music.py against the paper, T5 against its reference."""
 
+import ast
 import dataclasses
 import functools
 import io
@@ -7,8 +8,9 @@ import itertools
 import json
 import math
 import os
-import shutil
+import re
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -2324,3 +2326,84 @@ def test_windows_of_ten_seconds():
         assert pieces.shape == (n, 160_000)
         kept = min(len(audio), pieces.size)
         assert (pieces.ravel()[:kept] == audio[:kept]).all() and not pieces.ravel()[kept:].any()
+
+
+# ---- README.md ----
+
+FOLDER = Path(__file__).parent
+README = (FOLDER / "README.md").read_text()
+
+
+def table_after(heading):
+    """The rows of the first table below a heading of the README, as lists of cells."""
+    lines = README.split(f"## {heading}")[1].split("\n## ")[0].splitlines()
+    rows = [line.strip("|") for line in lines if line.startswith("| ")]
+    return [[cell.strip() for cell in row.split(" | ")] for row in rows][1:]
+
+
+def top_level(file):
+    """(last line, name) of every top-level statement of a file that names something."""
+    for node in ast.parse((FOLDER / file).read_text()).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node
+        target = target.elts[0] if isinstance(target, ast.Tuple) else target
+        if name := getattr(target, "name", None) or getattr(target, "id", None):
+            yield node.end_lineno, name
+
+
+def cited(text):
+    """{"Sec 3.1", "Eq 4", ...} of a text that may say "Secs. 4.4, 4.5" or "Tables 5 and 6"."""
+    found = set()
+    pattern = r"(Sec|Eq|Table|Fig|App)s?\.? ([A-D\d](?:[\d., ]|and |[A-D]\b)*)"
+    for kind, numbers in re.findall(pattern, text):
+        numbers = re.findall(r"[A-D\d][\d.]*", numbers)
+        found |= {f"{kind} {number.rstrip('.')}" for number in numbers}
+    return found
+
+
+def test_the_map_of_the_readme_is_complete_and_every_name_in_it_is_there():
+    rows, found = table_after("Read it beside the paper"), set()
+    for paper, here in rows:
+        found |= cited(paper)
+        words = re.findall(r"`([^`]+)`", here)
+        files = [word.split()[0] for word in words if word.split()[0].endswith(".py")]
+        assert all((FOLDER / file).is_file() for file in files)
+        assert words or here.startswith("not here: "), here
+        names = {name for file in ("noise2music.py", *files) for _, name in top_level(file)}
+        for word in words:
+            name = re.match(r"\w+", word)[0]
+            assert word.split()[0] in files or name in names, f"{word} ({paper}) is nowhere"
+            assert "[" not in word or eval(f"n2m.{word}")
+    last = {"Eq ": 6, "Table ": 9, "Fig ": 5, "Sec 3.": 6, "Sec 4.": 6}
+    wanted = {f"{kind}{n}" for kind, end in last.items() for n in range(1, end + 1)}
+    wanted |= {f"App {letter}" for letter in "ABCD"}
+    sections = [ref for ref in found if re.match(r"Sec|App", ref)]
+    found |= {re.match(r"\w+ (\d\.\d|[A-D])", ref)[0] for ref in sections}
+    assert not wanted - found, f"the map lacks {sorted(wanted - found)}"
+
+
+def test_the_table_of_choices_is_what_grep_finds():
+    """`grep -nE "choice:|departs:"`, by the top-level name around or below the line."""
+    tagged, listed = set(), set()
+    tools = (f"tools/{name}.py" for name in ("evaluate", "label", "plan"))
+    for file in ("noise2music.py", "t5_encoder.py", "train.py", "sample.py", *tools):
+        ends = [(ast.parse((FOLDER / file).read_text()).body[0].end_lineno, file), *top_level(file)]
+        for number, line in enumerate((FOLDER / file).read_text().splitlines(), 1):
+            if re.search(r"(?<!`)(choice|departs):", line):
+                tagged.add((file, next(name for end, name in ends if number <= end)))
+    for where, *_ in table_after("Where the paper is silent or disagrees with itself"):
+        file = (re.findall(r"\((.+\.py)\)", where) or ["noise2music.py"])[0]
+        listed |= {(file, name) for name in re.findall(r"`([^`]+)`", where)}
+    assert tagged == listed, f"without a row: {tagged - listed}; without a tag: {listed - tagged}"
+
+
+def test_every_command_of_the_readme_is_understood_and_it_has_200_lines():
+    sys.path.insert(0, str(FOLDER / "tools"))
+    blocks, seen = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)), set()
+    blocks = blocks.replace("\\\n", " ")
+    for script, rest in re.findall(r"python (\S+\.py)(.*)", blocks):
+        words = shlex.split(rest.replace("MODEL", "waveform_generator"), comments=True)
+        assert (FOLDER / script).is_file(), script
+        __import__(Path(script).stem).parse_args(words)
+        seen.add(script)
+    assert seen >= {"sample.py", "train.py", "tools/label.py", "tools/evaluate.py"}
+    assert len(README.splitlines()) <= 200

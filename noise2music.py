@@ -350,7 +350,7 @@ def denoising_times(deltas, steps: int | None = None) -> np.ndarray:
     """Sec. 4.2.1: t_n = sum of the first n step sizes, t_0 = 0 < ... < t_N = 1. float64 (N + 1,).
 
     `steps` resamples it to another N; Sec. 4.6 scales the step sizes "inverse-proportionally".
-    choice: the curve is interpolated linearly, since segments of 15 and 5 steps do not halve."""
+    choice: the curve is interpolated linearly, since stretches of 15 and 5 steps do not halve."""
     times = np.concatenate([[0.0], np.cumsum(deltas)])
     times /= times[-1]  # numerics: pins t_N = 1
     if steps is None:

@@ -411,6 +411,7 @@ def ancestral_scan(eps_fn: Callable, x_t, keys, n, updates: Update):
 
 @partial(jax.jit, static_argnames="model", donate_argnames="x_t")
 def _sample_chunk(params, model, x_t, condition, keys, n, updates):
+    x_t, condition = jax.tree.map(lambda a: constrain(a, "batch"), (x_t, condition))  # Sec. 4.2.2
     eps_fn = lambda x_t, t: guided_eps(params, model, x_t, t, condition)
     return ancestral_scan(eps_fn, x_t, keys, n, updates)
 

@@ -20,10 +20,10 @@ import tempfile
 import time
 import types
 import zlib
+from collections import namedtuple
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 cache = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name  # shared with the processes that tests start
@@ -31,7 +31,6 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name  # shared with the processe
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import sentencepiece
 import soundfile
@@ -181,7 +180,6 @@ def test_table_8_and_the_times_that_it_gives(name):
 
 # ---- noise2music.py: schedules, Eqs. 2 to 6 ----
 
-
 @pytest.mark.parametrize("name, ends", [("cosine", (20, -20)), ("linear", (9.21, -10.05)),
                                         ("linear_eq5", (9.21, 3.89)), ("cosine_quiet", None)])
 def test_schedules_against_their_formulas(name, ends):
@@ -208,7 +206,6 @@ def test_linear_is_the_schedule_of_ho_et_al():
 
 # ---- noise2music.py: the sampler, Eq. 4 ----
 
-
 def steps_of(name, times):
     """alpha_t, sigma_t, alpha_s, sigma_s of every step, from t = 1 down."""
     alpha, sigma = alpha_sigma64(name, times)
@@ -220,8 +217,7 @@ def steps_of(name, times):
 def test_updates_are_the_ddpm_posterior_and_eq_4_as_printed(name, step_schedule):
     """q(x_s | x_t, x_0) by conditioning the joint Gaussian of Eq. 2 on x_t.
 
-    gamma 0 has its variance, 1 that of q(x_t | x_s).
-    """
+    gamma 0 has its variance, 1 that of q(x_t | x_s)."""
     times = n2m.denoising_times(n2m.TABLE_8["spectrogram_generator"][step_schedule], 97)
     at, st, as_, ss = steps_of(name, times)
     covariance = at / as_ * ss**2  # x_t = (alpha_t / alpha_s) x_s + noise
@@ -302,8 +298,7 @@ def test_a_gaussian_is_sampled_with_the_moments_of_eq_4(name, sampler, gamma):
 def test_percentile_and_dynamic_clip_against_numpy():
     """The smallest v with a share q at or below it: elements many of them equal, none, only one.
 
-    A clip is clipped on its own, over time and channels, never below 1, and is then in [-1, 1].
-    """
+    A clip is clipped on its own, over time and channels, never below 1, and is then in [-1, 1]."""
     g, percentile = rng(), jax.jit(n2m.percentile, static_argnums=1)
     for a in (g.normal(size=(3, 1001)) ** 2, g.integers(0, 4, (3, 200)), np.zeros((2, 5)),
               g.uniform(size=(2, 1)), np.logspace(-4, 4, 2000)[None]):
@@ -321,8 +316,7 @@ def test_percentile_and_dynamic_clip_against_numpy():
 def test_sample_is_the_loop_of_eq_4(monkeypatch, sampler, gamma):
     """Step by step, each x_s from x_t and the clipped x0_hat, with its own noise for each clip.
 
-    Sampler, gamma, steps and their schedule are the model's; the chunks change nothing.
-    """
+    Sampler, gamma, steps and their schedule are the model's; the chunks change nothing."""
     inference = n2m.InferenceConfig("back_heavy", gamma, 3.0, steps=51 * 2, sampler=sampler)
     model, calls = replace(small_model(), inference=inference), []
     stub = lambda params, model, x_t, t, condition: jnp.sin(5 * x_t + t) * params
@@ -362,7 +356,6 @@ def test_guidance_is_two_calls(monkeypatch, text, w):
 
 
 # ---- noise2music.py: the U-Net, against torch ----
-
 
 def torch_unet(torch, p, cfg, x_t, t, c, text_on):
     """Figs. 1 and 5 in torch's own layers, channels first; parameters are ours, laid out for it."""
@@ -531,14 +524,30 @@ def test_bfloat16_changes_little_and_tells_close_times_apart():
     close(e, np.hstack([np.sin(1000 * angles), np.cos(1000 * angles)]), atol=3e-4)
 
 
+def test_bfloat16_with_the_weights_of_the_demo():
+    """Its rms error in eps, without guidance and with that of the demo, of music-like tones."""
+    model, params, _ = train.load_model(sample.DEMO, "waveform_generator")
+    t, w = np.array([0.05, 0.3, 0.7]), model.inference.cfg_scale
+    x = 0.2 * jnp.sin(np.outer([220, 330, 550], np.arange(4096)) * 2 * np.pi / 3_200)[..., None]
+    logsnr = n2m.SCHEDULES[model.training.noise_schedule](t)
+    x_t = n2m.diffuse(x, normal(*x.shape), logsnr)
+    text = n2m.Condition(text=normal(3, 5, model.unet.text_width), text_mask=jnp.ones((3, 5), bool))
+    both = jax.tree.map(lambda a: jnp.concatenate([a, a]), (x_t, jnp.float32(t), text))
+    f32, bf16 = (jit_unet(params, replace(model.unet, dtype=dtype), *both, jnp.arange(6) < 3)
+                 for dtype in ("float32", "bfloat16"))
+    on, off = (bf16 - f32)[:3], (bf16 - f32)[3:]
+    rms = lambda error: np.sqrt(np.mean(np.square(error), axis=(1, 2)))
+    assert (1e-3 < rms(on)).all() and (rms(on) < 0.04).all() and (rms(off) < 0.04).all()
+    assert w == 5 and (rms(w * on + (1 - w) * off) < 0.1).all()
+
+
 @reference
 @pytest.mark.parametrize("mean, dtype, atol", [
     (0, "float32", 1e-5), (5, "float32", 1e-4), (50, "float32", 3e-3), (30, "bfloat16", 3e-3)])
 def test_group_norm_against_torch(mean, dtype, atol):
     """Moments by E[x^2] - E[x]^2 lose digits where the mean is large; too few to matter.
 
-    In bfloat16 the output is rounded, to 8 bits, and nothing before it.
-    """
+    In bfloat16 the output is rounded, to 8 bits, and nothing before it."""
     torch = pytest.importorskip("torch", reason="group_norm is compared with torch's")
     x = (mean + normal(3, 17, 12)).astype(dtype)
     p = {"scale": normal(12, seed=1), "bias": normal(12, seed=2)}
@@ -551,7 +560,6 @@ def test_group_norm_against_torch(mean, dtype, atol):
 
 
 # ---- noise2music.py: the five models of Table 2 ----
-
 
 def count_by_hand(cfg):
     """Parameters, box by box of Figs. 1 and 5; kernel 2 S, an up-sampling bias for each phase."""
@@ -608,7 +616,6 @@ def test_the_full_models_by_shape(name):
 
 # ---- noise2music.py: resampling and log-mel ----
 
-
 @reference
 @pytest.mark.parametrize("t, length", [
     (320, 1600), (1600, 320), (640, 960), (960, 641), (441, 240), (442, 240), (101, 103),
@@ -633,8 +640,7 @@ def test_log_mel_is_decibels_within_its_range():
     assert silence.shape == (2, 10, 80) and (silence == -1).all()  # with which it is padded
     loud = n2m.log_mel(100 * normal(1, 3200))
     assert float(loud.max()) == 1 and float(loud.min()) >= -1
-    tones = [sine(hz, 1600) for hz in (77.5, 7727.5, *np.geomspace(50, 7900, 300))]
-    tones = jnp.concatenate(tones)
+    tones = sine(np.array([77.5, 7727.5, *np.geomspace(50, 7900, 100)])[:, None], 1600)[0]
     full, quiet, quieter = (n2m.log_mel(g * tones)[:, 5].max(axis=1) for g in (1, 0.03, 0.003))
     close([50 * full.min() - 40, 50 * full.max() - 40], [1.8, 9.9], atol=0.1)
     close(quiet - quieter, 0.4, atol=1e-3), close(full - quiet, 0.609, atol=1e-3)
@@ -672,7 +678,6 @@ def test_griffin_lim_returns_the_pitch(hz):
 
 
 # ---- noise2music.py: augmentation and training inputs, Sec. 4.1 ----
-
 
 @reference
 @pytest.mark.parametrize("taps, axes", [(10, (1,)), (10, (2,)), (5, (1, 2))])
@@ -731,9 +736,9 @@ def test_augmentations_of_section_4_1(monkeypatch, name, t_max, taps, lowest, hi
 @each_model
 def test_training_inputs_and_the_condition_of_sampling(name):
     """Padded with silence alike. Sampling has them clean; so has training without augmentation."""
-    model, N = n2m.tiny(n2m.MODELS[name]), 4830  # samples: not whole frames, nor bottom frames
-    training = replace(model.training, t_max=0.0, blur_taps=0, noise_schedule="linear")
-    model = replace(model, training=training)
+    training = replace(n2m.MODELS[name].training, t_max=0.0, blur_taps=0)
+    model = replace(n2m.tiny(n2m.MODELS[name]), training=training)
+    N = 4830  # samples: not whole frames of log-mel, nor at the bottom
     tone = lambda cycles, n: np.sin(2 * np.pi * cycles * np.arange(n) / n + 1)
     audio = jnp.float32([0.5 * tone(51, N) + 0.25 * tone(2173, N), tone(2173, N)])  # 0.45 of rate
     text = random_condition(small_unet(), 2)._replace(low_fi=None)
@@ -761,7 +766,6 @@ def test_training_inputs_and_the_condition_of_sampling(name):
 
 
 # ---- noise2music.py: the loss, Eq. 1 ----
-
 
 def loss_of(monkeypatch, clips, stub, key=0, **training):
     """diffusion_loss of the cascader on clips of 0.25, with `stub` in place of the network."""
@@ -813,7 +817,6 @@ def test_velocity_weight_is_the_loss_in_v_up_to_its_bound():
 
 
 # ---- noise2music.py: both routes ----
-
 
 @functools.cache
 def small_weights():
@@ -879,56 +882,6 @@ def test_every_duration_reaches_every_stage(monkeypatch, route, seconds):
     low, middle, high = (round(seconds * rate) for rate in (3_200, 16_000, 24_000))
     first = (2, low) if route == "waveform" else (2, -(-middle // 160), 80)
     assert [x.shape for x in out.values()] == [first, (2, middle), (2, high)]
-
-
-# ---- noise2music.py: one place to touch ----
-
-
-class Condition(NamedTuple):  # place 1: the field
-    low_fi: jax.Array | None = None
-    aligned: jax.Array | None = None
-    text: jax.Array | None = None
-    text_mask: jax.Array | None = None
-    tempo: jax.Array | None = None  # (B,) beats a second
-
-
-def test_another_conditioning_input_is_five_places_to_touch(monkeypatch):
-    """Those of the README, patched from outside: two steps of training, and a clip of a tempo."""
-    plain_spec, plain_unet, plain_condition = n2m.unet_spec, n2m.unet, n2m.Condition
-
-    def unet_spec(cfg):  # place 2: its parameters
-        return plain_spec(cfg) | {"tempo": n2m.linear_spec(1, 1, ("whole", "whole"))}
-
-    def unet(params, cfg, x_t, t, c, text_on):  # place 3: where it enters the network
-        shift = n2m.linear_layer(params["tempo"], c.tempo[:, None])  # (B, 1)
-        x_t = x_t + n2m.per_clip(shift, x_t)
-        return plain_unet(params, cfg, x_t, t, plain_condition(*c[:4]), text_on)
-
-    def make_batch(audio, tempo):  # place 4: train.py, from examples to a batch
-        text = encode_prompts(["a", "b"], model)
-        return n2m.Batch(audio, Condition(text=text.text, text_mask=text.text_mask, tempo=tempo))
-
-    def encode(prompts, model):  # place 5: sample.py, from prompts to a condition
-        tempo = jnp.float32([float(prompt.split()[-1]) for prompt in prompts])
-        return encode_prompts(prompts, model)._replace(tempo=tempo)
-
-    for f in (Condition, unet_spec, unet):
-        monkeypatch.setattr(n2m, f.__name__, f)
-    model = small_model("waveform_generator", in_channels=1, blocks=(1, 0))
-    model = replace(model, inference=n2m.InferenceConfig("uniform", 0, 2.0, steps=2))
-    params, adam = n2m.init_params(jax.random.key(0), model.unet), optax.adam(0.01)
-    opt, batch = adam.init(params), make_batch(0.1 * normal(2, 252), jnp.array([1.0, 2.0]))
-    loss = lambda params, key: n2m.diffusion_loss(params, model, key, batch)[0].mean()
-    for key in jax.random.split(jax.random.key(1)):
-        updates, opt = adam.update(jax.jit(jax.grad(loss))(params, key), opt)
-        params = optax.apply_updates(params, updates)
-    assert params["tempo"]["w"].any()  # it has learned something
-    run = lambda *prompts: n2m.generate(prompts, {"waveform_generator": (model, params)}, encode,
-                                        "alone", seconds=0.05)["waveform_generator"]
-    monkeypatch.setitem(n2m.ROUTES, "alone", ("waveform_generator",))
-    params["tempo"]["w"] += 1.0
-    (slow, _), (fast, _) = run("drums 1", "drums 2"), run("drums 2", "drums 2")
-    assert slow.shape == (160,) and np.abs(slow - fast).max() > 0.01
 
 
 # ---- t5_encoder.py: cases ----
@@ -1909,6 +1862,46 @@ def test_a_sixth_model_is_two_places_to_touch(tmp_path, data, monkeypatch, capfd
     assert "no small variant of sixth" in exits(capfd, train.main, *argv)
 
 
+def test_another_conditioning_input_is_five_places_to_touch(tmp_path, data, monkeypatch):
+    """A tempo for each clip, those of the README: it is trained on, saved and heard."""
+    spec, unet, four = n2m.unet_spec, n2m.unet, n2m.Condition
+    plain_batch, plain_encode, tempo = train.make_batch, sample.encode, 1.0
+
+    def with_tempo(params, cfg, x_t, t, c, text_on):
+        heard = n2m.linear_layer(params["tempo"], c.tempo[:, None])  # (B, 1)
+        return unet(params, cfg, x_t, t, four(*c[:4]), text_on) + n2m.per_clip(heard, x_t)
+
+    def make_batch(examples, model, encode):
+        audio, c = plain_batch(examples, model, encode)
+        return n2m.Batch(audio, c._replace(tempo=np.ones(len(audio), np.float32)))
+
+    def encode(text_encoder, prompts, model):
+        tempi = jnp.full(len(prompts), tempo)
+        return plain_encode(text_encoder, prompts, model)._replace(tempo=tempi)
+
+    fields = [*four._fields, "tempo"]
+    monkeypatch.setattr(n2m, "Condition", namedtuple("Condition", fields, defaults=[None] * 5))
+    monkeypatch.setattr(n2m, "unet_spec", lambda cfg: spec(cfg) | {
+        "tempo": n2m.linear_spec(1, 1, ("whole", "whole"))})
+    monkeypatch.setattr(n2m, "unet", with_tempo)
+    monkeypatch.setattr(train, "make_batch", make_batch)
+    monkeypatch.setattr(sample, "encode", encode)
+
+    like = small("waveform_generator", seconds=0.4)  # of a shape of its own, so traced anew
+    model = replace(like, unet=replace(like.unet, kernel_size=3))
+    monkeypatch.setattr(n2m, "tiny", lambda _: model)
+    monkeypatch.setitem(n2m.ROUTES, "alone", ("waveform_generator",))
+    run_train("waveform_generator", "--tiny", "--data", data, "--out", tmp_path, "--steps", 2,
+              "--batch-size", 2)
+    assert last_tensors(tmp_path / "waveform_generator")["ema/tempo/w"].shape == (1, 1)
+    clips = []
+    for tempo in (1.0, 2.0):
+        run_sample("a tone", "-o", tmp_path / "x.wav", "--models", tmp_path, "--route", "alone",
+                   "--seconds", 0.5)
+        clips.append(soundfile.read(tmp_path / "x.wav")[0])
+    assert clips[0].shape == (1600,) and np.abs(clips[0] - clips[1]).max() > 0.01
+
+
 # ---- sample.py ----
 
 
@@ -2079,8 +2072,7 @@ SHARDED = {  # every width, head and group divides by 8
 def check_every_split(name):
     """Run on 8 devices: the loss, its gradients and a clip of every mesh equal those of one device.
 
-    And no program gathers the clips, as the partitioner of CPU programs would for an FFT.
-    """
+    And no program gathers the clips, as the partitioner of CPU programs would for an FFT."""
     inference = replace(n2m.MODELS[name].inference, steps=3)
     model = replace(n2m.MODELS[name], unet=SHARDED[name], inference=inference)
     params, keys = random_params(model.unet), jax.random.split(jax.random.key(3), 8)
@@ -2090,14 +2082,14 @@ def check_every_split(name):
 
     def results(params, audio, low, given, keys):
         batch = n2m.Batch(audio, given)
-        mean_loss = lambda params: n2m.diffusion_loss(params, model, keys[0], batch)[0].mean()
+        grads, (losses, _) = train.gradients(params, model, keys[0], batch)
         previous = low if model.low_rate else n2m.log_mel(audio)
         condition = n2m.sampling_condition(model, given, previous, 0.06)
         clip = n2m.sample(params, model, condition, keys, 960)
-        return *jax.value_and_grad(mean_loss)(params), clip, condition, n2m.log_mel(audio)
+        return losses, grads, clip, condition, n2m.log_mel(audio)
 
     clips = audio, low, given, keys
-    loss, grads, *rest = jax.jit(results)(params, *clips)
+    losses, grads, *rest = jax.jit(results)(params, *clips)
     for n in (1, 2, 4, 8):
         mesh = n2m.make_mesh(n)
         rows = jax.NamedSharding(mesh, jax.P("data"))
@@ -2106,9 +2098,11 @@ def check_every_split(name):
             placed = placed, *jax.device_put(clips, rows)
             program = jax.jit(results).lower(*placed).compile()
             text = program.as_text()
-            assert " fft(" in text and "all-reduce" in text and "all-gather" not in text
-            loss_n, grads_n, *rest_n = program(*placed)
-        close(loss_n, loss, rtol=1e-5)
+            gathers = [line for line in text.splitlines() if " all-gather(" in line]
+            assert all("= f32[8]{0} all-gather(" in line for line in gathers)  # losses, for a log
+            assert " fft(" in text and "all-reduce" in text
+            losses_n, grads_n, *rest_n = program(*placed)
+        close(losses_n, losses, rtol=1e-5)
         jax.tree.map(functools.partial(close, atol=2e-5), rest_n, rest)
         bound = lambda b: 1e-5 * max(1, np.abs(b).max())
         jax.tree.map(lambda a, b: close(a, b, rtol=1e-3, atol=bound(b)), grads_n, grads)
@@ -2125,8 +2119,7 @@ def devices(n):
     """The environment of a process of n devices, which may wait for each other beyond XLA's 40 s.
 
     Collectives that wait hold threads of XLA's pool, by default one a core or a device: all of them
-    can wait for one that then finds no thread, for ever. NPROC is the size of that pool.
-    """
+    can wait for one that then finds no thread, for ever. NPROC is the size of that pool."""
     flags = (f"--xla_force_host_platform_device_count={n} "
              "--xla_cpu_collective_call_terminate_timeout_seconds=600")
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": str(16 * n)}
@@ -2228,7 +2221,6 @@ def test_a_batch_that_does_not_divide_among_devices_is_refused_in_one_line(tmp_p
 
 
 # ---- noise2music.py: pseudo-labels and metrics, Secs. 3.5 and 4.3.2 ----
-
 
 def test_top_captions_by_hand():
     """Cosines, not products; of equals the lower index; blocks of captions merged."""

@@ -1,5 +1,6 @@
 """What a sceptical reader checks: noise2music.py against the paper, T5 against its reference."""
 
+import ast
 import dataclasses
 import functools
 import io
@@ -7,8 +8,9 @@ import itertools
 import json
 import math
 import os
-import shutil
+import re
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -2324,3 +2326,71 @@ def test_windows_of_ten_seconds():
         assert pieces.shape == (n, 160_000)
         kept = min(len(audio), pieces.size)
         assert (pieces.ravel()[:kept] == audio[:kept]).all() and not pieces.ravel()[kept:].any()
+
+
+# ---- README.md ----
+
+FOLDER = Path(__file__).parent
+README = (FOLDER / "README.md").read_text()
+
+
+def readme_table(heading):
+    """The rows of the table below a heading, as lists of cells."""
+    lines = README.split(f"## {heading}")[1].split("\n## ")[0].splitlines()
+    rows = [line.strip("|").split(" | ") for line in lines if line.startswith("| ")]
+    return [[cell.strip() for cell in row] for row in rows[1:]]
+
+
+def top_level(file):
+    """(last line, name) of the statements of a file that name something, its docstring first."""
+    docstring, *body = ast.parse((FOLDER / file).read_text()).body
+    yield docstring.end_lineno, file
+    for node in body:
+        node_or_target = node.targets[0] if isinstance(node, ast.Assign) else node
+        first = getattr(node_or_target, "elts", [node_or_target])[0]  # of MEL_WINDOW, MEL_FFT = ...
+        if name := getattr(first, "name", None) or getattr(first, "id", None):
+            yield node.end_lineno, name
+
+
+def test_the_map_of_the_readme_is_complete_and_every_name_in_it_is_there():
+    found = set()
+    for paper, here in readme_table("Read it beside the paper"):
+        for kind, numbers in re.findall(r"(Sec|Eq|Table|Fig|App)s?\.? "
+                                        r"((?:[\dA-D][\d.]*(?:, | and )?)+)", paper):
+            found |= {(kind, n) for n in re.findall(r"\d\.\d|\b\d\b|[A-D]", numbers)}
+        words = [word.split()[0] for word in re.findall(r"`([^`]+)`", here)]
+        files = [word for word in words if word.endswith(".py")]
+        assert words or here.startswith("not here: "), f"{paper}: neither a name nor a reason"
+        names = {name for file in ("noise2music.py", *files) for _, name in top_level(file)}
+        assert {re.sub(r"\[.*", "", word) for word in words} <= names, paper
+        assert all(eval(f"n2m.{word}") for word in words if "[" in word)
+    numbered = dict(Eq="123456", Table="123456789", Fig="12345", App="ABCD")
+    wanted = {(kind, number) for kind, numbers in numbered.items() for number in numbers}
+    wanted |= {("Sec", f"{chapter}.{n}") for chapter in (3, 4) for n in range(1, 7)}
+    assert not wanted - found, f"the map lacks {sorted(wanted - found)}"
+
+
+def test_the_table_of_choices_is_what_grep_finds():
+    """By the top-level name around a tag, or below it; that of a file's docstring is the file."""
+    files, (tagged, listed) = [*FOLDER.glob("*.py"), *FOLDER.glob("tools/*.py")], (set(), set())
+    for file in [str(f.relative_to(FOLDER)) for f in files if not f.name.startswith("test_")]:
+        ends = list(top_level(file))
+        for number, line in enumerate((FOLDER / file).read_text().splitlines(), 1):
+            if re.search(r"(?<!`)(choice|departs):", line):
+                tagged.add((file, next(name for end, name in ends if number <= end)))
+    for where, *_ in readme_table("Where the paper is silent or disagrees with itself"):
+        file = (re.findall(r"\((.+\.py)\)", where) or ["noise2music.py"])[0]
+        listed |= {(file, name) for name in re.findall(r"`([^`]+)`", where)}
+    assert tagged == listed, f"without a row: {tagged - listed}; without a tag: {listed - tagged}"
+
+
+def test_every_command_of_the_readme_is_understood_and_it_has_at_most_200_lines(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER / "tools")
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
+    commands = re.findall(r"python (\S+\.py)(.*)", blocks)
+    for script, rest in commands:
+        assert (FOLDER / script).is_file()
+        words = shlex.split(rest.replace(" MODEL ", " waveform_generator "), comments=True)
+        __import__(Path(script).stem).parse_args(words)
+    assert len({script for script, _ in commands}) >= 4
+    assert len(README.splitlines()) <= 200

@@ -47,11 +47,7 @@ def schedules():
     t = np.linspace(0, 1, 1001)
     figure, axes = pyplot.subplots(figsize=(8, 3.4))
     axes.plot(t, n2m.cosine(t, np), color="C0", label="cosine (Eq. 6)")
-<<<<<<< HEAD
-    axes.plot(t, n2m.linear(t, np), color="C1", label="linear: what the models use")
-=======
     axes.plot(t, n2m.linear(t, np), color="C1", label="linear: as the models use it")
->>>>>>> 7b263917d6c00263c50d64f1e64c9c251f106708
     axes.plot(t, n2m.linear_eq5(t, np), "C3--", label="linear_eq5: Eq. 5 as printed")
     sigma_sq = 1 - np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # Ho et al. (2020)
     logsnr, shown = np.log1p(-sigma_sq) - np.log(sigma_sq), [*range(0, 50, 7), *range(50, 1000, 25)]

@@ -2170,6 +2170,8 @@ def test_what_does_not_divide_is_an_error_that_names_it():
             f(*args)
     odd = layout(mesh, (3, 2, 16), ("whole", "channels", "hidden"), column=1)
     assert odd == jax.P(None, None, "model")
+    parts = [train.default_parts(n, mesh) for n in (4, 32, 64, 96)]
+    assert parts == [1, 1, 2, 3]  # 1, 8, 16, 24 clips a device, 8 of them at once
 
 
 def test_the_rows_of_all_processes_are_the_batch(monkeypatch):

@@ -418,7 +418,7 @@ def torch_unet(torch, p, cfg, x_t, t, c, text_on):
 UNETS = {  # the last has strides of 1, and at the bottom fewer frames than taps
     "text and low_fi": small_unet(),
     "aligned": small_unet(in_channels=1, aligned_channels=5, strides=(2, 3), blocks=(1, 1),
-                          **NO_TEXT),
+                          kernel_size=4, **NO_TEXT),
     "low_fi": small_unet(strides=(1, 6), channels=(1, 3), blocks=(2, 1), kernel_size=9, **NO_TEXT),
 }
 each_unet = pytest.mark.parametrize("kind", UNETS)
@@ -588,6 +588,8 @@ def test_init_has_the_declared_shapes_and_starts_as_zero_noise():
     assert not jit_unet(params, cfg, *unet_case(cfg)[1:]).any()
     close(params["down"][1]["resample"]["w"].std() * math.sqrt(2 * 2 * 12), 1, atol=0.1)
     p, x = params["down"][1]["blocks"][0], normal(3, 7, 18)
+    k, v = (p["cross_attention"][name]["w"] for name in "kv")
+    assert (k != v).all()  # noise of its own for each
     y = n2m.block(p, cfg, x, normal(3, 6), c.text, c.text_mask & False, jnp.ones(3))
     close(y, x, atol=1e-6)
 
@@ -860,9 +862,12 @@ def test_clip_i_of_a_seed_is_the_same_whatever_the_batch(route):
 
 
 @pytest.mark.parametrize("route", n2m.ROUTES)
-@pytest.mark.parametrize("seconds", [1.0, 0.07, 1.1, 0.37002, 30.0])
+@pytest.mark.parametrize("seconds", [1.0, 0.07, 1.1, 0.37002, 0.375, 30.0])
 def test_every_duration_reaches_every_stage(monkeypatch, route, seconds):
-    """Lengths only, by a stage that checks what it is given. 1.1 * 100 is 110.00000000000001."""
+    """Lengths only, by a stage that checks what it is given. 1.1 * 100 is 110.00000000000001.
+
+    0.375 s of 16 kHz are 37.5 frames: 38 cover them.
+    """
     seen = []
 
     def stage(params, model, c, keys, length, progress):
@@ -1426,6 +1431,7 @@ def test_text_batch_is_long_prompts_and_packed_tags(tmp_path):
     track = train.parse_caption(tmp_path, json.dumps(entry | {"long": ["one, long", "two"]}), True)
     count = lambda text: len(text.split())
     assert train.text_batch(track, 5, count) == ["one, long", "two", "a b, c", "d e f, g"]
+    assert train.text_batch(track, 6, count)[2] == "a b, c"  # "d e f" would leave no place for </s>
     assert train.text_batch(track, 100, count)[2:] == ["a b, c, d e f, g"]
 
 
@@ -1576,7 +1582,7 @@ def test_learning_rate_of_section_4_1():
 
 def test_accumulation_averages_gradients_and_the_ema_warms_up(monkeypatch):
     """Parts of a batch with the loss of the whole: the same update."""
-    model = small("superresolution_cascader")
+    model = small("superresolution_cascader", warmup_steps=0)  # else the first rate is 0
     monkeypatch.setattr(train, "gradients", lambda params, model, key, batch: (
         jax.tree.map(lambda p: jnp.full_like(p, batch.audio.mean()), params),
         (jnp.asarray(batch.audio.mean(1)), jnp.asarray(batch.audio.max(1)))))
@@ -2159,6 +2165,8 @@ def test_what_does_not_divide_is_an_error_that_names_it():
             f(*args)
     odd = layout(mesh, (3, 2, 16), ("whole", "channels", "hidden"), column=1)
     assert odd == jax.P(None, None, "model")
+    parts = [train.default_parts(n, mesh) for n in (4, 32, 64, 96)]
+    assert parts == [1, 1, 2, 3]  # 1, 8, 16, 24 clips a device, 8 of them at once
 
 
 def test_the_rows_of_all_processes_are_the_batch(monkeypatch):

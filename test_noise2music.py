@@ -418,7 +418,7 @@ def torch_unet(torch, p, cfg, x_t, t, c, text_on):
 UNETS = {  # the last has strides of 1, and at the bottom fewer frames than taps
     "text and low_fi": small_unet(),
     "aligned": small_unet(in_channels=1, aligned_channels=5, strides=(2, 3), blocks=(1, 1),
-                          kernel_size=4, **NO_TEXT),
+                          **NO_TEXT),
     "low_fi": small_unet(strides=(1, 6), channels=(1, 3), blocks=(2, 1), kernel_size=9, **NO_TEXT),
 }
 each_unet = pytest.mark.parametrize("kind", UNETS)

@@ -321,8 +321,8 @@ def guided_eps(params, model: Model, x_t, t, condition: Condition):
 
     Without text (w is None), and for w = 1, it is the conditional prediction. The text alone is
     hidden, not the audio. numerics: one call on a doubled batch, the two rows of a clip adjacent.
-    In bfloat16 the demo's models err in eps by up to 0.035 rms (super-resolution by 0.17 at its last
-    step), guided by up to 0.085; of their own errors that is up to a half.
+    In bfloat16 the demo's models err in eps by up to 0.035 rms (super-resolution by 0.17 at the
+    last step), guided by up to 0.085; of their own errors that is up to a half.
     """
     b, w = x_t.shape[0], model.inference.cfg_scale
     if w in (None, 1) or not uses_text(model):

@@ -643,12 +643,14 @@ def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on):
     time = linear_layer(params["time"], time_embedding(t, cfg.base_dimension))  # (B, C_0), float32
     cast = lambda a: a if a.dtype == bool else a.astype(cfg.dtype)
     inputs = params, x_t, condition, time, text_on
-    params, x_t, (low_fi, aligned, text, text_mask), time, text_on = jax.tree.map(cast, inputs)
-    run_block = partial(block, cfg=cfg, time=time, text=text, text_mask=text_mask, text_on=text_on)
+    params, x_t, condition, time, text_on = jax.tree.map(cast, inputs)
+    run_block = partial(block, cfg=cfg, time=time, text=condition.text,
+                        text_mask=condition.text_mask, text_on=text_on)
     run_block = jax.checkpoint(run_block) if cfg.remat else run_block
 
-    stacked = x_t if low_fi is None else jnp.concatenate([x_t, low_fi], axis=-1)  # Sec. 3.3.1
-    h = conv1d(params["entry"], stacked)  # (B, T, C_0)
+    if condition.low_fi is not None:  # Sec. 3.3.1: stacked
+        x_t = jnp.concatenate([x_t, condition.low_fi], axis=-1)  # (B, T, 2)
+    h = conv1d(params["entry"], x_t)  # (B, T, C_0)
     skips = [h]
     for p, stride in zip(params["down"], cfg.strides):
         h = downsample(p["resample"], h, stride)  # (B, T_{I-1}, C_{I-1}) -> (B, T_I, C_I)
@@ -657,8 +659,8 @@ def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on):
         skips.append(h)
 
     h = skips.pop()  # the bottom of the U: (B, T / prod(strides), C_D)
-    if aligned is not None:  # Sec. 3.3.2: the vocoder's log-mel
-        h = h + linear_layer(params["aligned"], aligned)
+    if condition.aligned is not None:  # Sec. 3.3.2: the vocoder's log-mel
+        h = h + linear_layer(params["aligned"], condition.aligned)
 
     for p, stride in zip(reversed(params["up"]), reversed(cfg.strides)):
         h = upsample(p["resample"], h, stride)  # (B, T_I, C_I) -> (B, T_{I-1}, C_{I-1})
@@ -1082,7 +1084,7 @@ def _merge_top(best, index, clips, captions, start, end):
 
 
 def pieces_of(cfg: UNetConfig, rows: int, length: int) -> int:
-    """How many pieces of a clip make 8 sequences of `rows` clips, each of whole bottom frames."""
+    """The fewest pieces of whole bottom frames by which `rows` clips are 8 sequences or more."""
     bottom = length // math.prod(cfg.strides)
     fits = [p for p in range(1, bottom + 1)
             if bottom % p == 0 and bottom // p >= cfg.kernel_size // 2]
@@ -1105,8 +1107,8 @@ def on_a_tpu_in_pieces(unet):
         if pieces == 1:
             return unet(params, cfg, x_t, t, condition, text_on)
         cut = lambda a: constrain(a.reshape(a.shape[0], pieces, -1, a.shape[2]), "batch")
-        low_fi, aligned = (a if a is None else cut(a) for a in condition[:2])
-        condition = condition._replace(low_fi=low_fi, aligned=aligned)
+        in_time = {"low_fi": condition.low_fi, "aligned": condition.aligned}
+        condition = condition._replace(**jax.tree.map(cut, in_time))
         return unet(params, cfg, cut(x_t), t, condition, text_on).reshape(x_t.shape)
 
     return entered

@@ -1878,12 +1878,12 @@ def test_a_sixth_model_is_two_places_to_touch(tmp_path, data, monkeypatch, capfd
 
 def test_another_conditioning_input_is_five_places_to_touch(tmp_path, data, monkeypatch):
     """A tempo for each clip, those of the README: it is trained on, saved and heard."""
-    spec, unet, four = n2m.unet_spec, n2m.unet, n2m.Condition
+    spec, unet = n2m.unet_spec, n2m.unet
     plain_batch, plain_encode, tempo = train.make_batch, sample.encode, 1.0
 
     def with_tempo(params, cfg, x_t, t, c, text_on):
         heard = n2m.linear_layer(params["tempo"], c.tempo[:, None])  # (B, 1)
-        return unet(params, cfg, x_t, t, four(*c[:4]), text_on) + n2m.per_clip(heard, x_t)
+        return unet(params, cfg, x_t, t, c, text_on) + n2m.per_clip(heard, x_t)
 
     def make_batch(examples, model, encode):
         audio, c = plain_batch(examples, model, encode)
@@ -1893,7 +1893,7 @@ def test_another_conditioning_input_is_five_places_to_touch(tmp_path, data, monk
         tempi = jnp.full(len(prompts), tempo)
         return plain_encode(text_encoder, prompts, model)._replace(tempo=tempi)
 
-    fields = [*four._fields, "tempo"]
+    fields = [*n2m.Condition._fields, "tempo"]
     monkeypatch.setattr(n2m, "Condition", namedtuple("Condition", fields, defaults=[None] * 5))
     monkeypatch.setattr(n2m, "unet_spec", lambda cfg: spec(cfg) | {
         "tempo": n2m.linear_spec(1, 1, ("whole", "whole"))})

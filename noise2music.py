@@ -63,7 +63,7 @@ class UNetConfig:
     head_width: int = 128  # choice: q, k, v are 8 x 128 wide at any C, by Table 2's counts
     groups: int = 8  # choice: in each GroupNorm of Fig. 5
     dtype: str = "float32"  # choice: what the network computes in; its parameters stay float32
-    remat: bool = False  # numerics: the backward pass recomputes each block, to save memory
+    remat: bool = False  # the backward pass recomputes each block, to save memory
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def linear(t, xp=jnp):
     from N(0, I). The constants 1e-4 and 0.02 are the first and the last of Ho et al.'s 1000 betas,
     which rise linearly. In continuous time beta rises from 0.1 to 20 (Song et al., 2021), and
         sigma_t^2 = 1 - exp(-(integral of beta from 0 to t)), begun at sigma_0^2 = 1e-4 as printed.
-    """
+    Ho et al.'s step n, from 1 to 1000, is t = (n - 1) / 999."""
     return -xp.log(xp.expm1(1e-4 + 0.1 * t + 9.95 * t**2))
 
 
@@ -470,7 +470,8 @@ def conv_spec(taps, c_in, c_out, axes, init=_fan_in):
 
 
 def conv1d(p, x, left=None):
-    """1D convolution, (B, T, C_in) -> (B, T, C_out), with `left` of its taps - 1 zeros in front."""
+    """1D convolution, (B, T, C_in) -> (B, T, C_out), with `left` of its taps - 1 zeros in front:
+    half of them where None, so that an odd kernel is centred."""
     taps = p["w"].shape[0]
     left = (taps - 1) // 2 if left is None else left
     padding = (left, taps - 1 - left)
@@ -739,7 +740,7 @@ def log_mel(audio):
     """Sec. 3.3.2: log-mel "normalized to lie within [-1, 1]". (B, T) at 16 kHz -> (B, T / 160, 80).
 
     choice: the mel magnitude in dB, with -90 and all below at -1, and +10 at 1, the same map for
-    every clip. A full-scale sine, summed over the bins of a filter, has 1.8 to 9.9 dB."""
+    every clip. A full-scale sine from 50 Hz to 7.9 kHz has 1.8 to 9.9 dB."""
     mel = jnp.matmul(jnp.abs(stft(audio)), mel_filters(), precision="highest")
     decibel = 20 * jnp.log10(jnp.maximum(mel, 1e-9))
     return jnp.clip((decibel + 40) / 50, -1, 1)
@@ -837,7 +838,8 @@ def generate(prompts, weights, encode, route="waveform", seconds=30.0, seed=0, f
 
     prompts      B strings, one a clip
     weights      {name of a model: (Model, params)}, with the inference parameters of the Model
-    encode       (prompts, Model) -> Condition with their embeddings and mask (Sec. 3.4)
+    encode       (prompts, Model) -> Condition with their embeddings and mask (Sec. 3.4); not
+                 called for a model without text
     first_clip   the number of the first prompt's clip; clip i of a seed does not depend on others
     superres     False stops at 16 kHz, as in Sec. 4.3.1
     progress     called as progress(name, done, N)
@@ -991,7 +993,7 @@ def partition(mesh, shape, axes, column=0) -> PartitionSpec:
     The second column only saves memory, so what does not divide there stays whole."""
     spec = [SHARDING[axis][column] for axis in axes]
     for i, (size, axis, over) in enumerate(zip(shape, axes, spec)):
-        if over in spec[:i] and over:
+        if over and over in spec[:i]:
             raise ValueError(f"{axes}: two axes of one array are laid along {over!r}; see SHARDING")
         if over and size % mesh.shape[over]:
             if column == 0:
@@ -1032,7 +1034,7 @@ def own_clips(f, x):
 
 
 def percentile(a, q):
-    """The smallest v with a share q of a row at or below it. a (B, N), not negative; v (B,).
+    """The smallest v with a share q of a row at or below it, 0 < q <= 1. a (B, N) >= 0; v (B,).
 
     numerics: by bisection, to 2^-32 of the largest; a sort of 30 s costs more than a small network.
     """

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -597,3 +598,27 @@ def test_tools_refuse_in_one_line(toy, runs, capfd, script, argv, words):
     assert words in err and len(said) == 1
     assert not list(toy.rglob("captions.jsonl*.part")) and not list(toy.glob("s*"))
     assert not Path("music/captions.jsonl").exists()
+
+
+# ---- demo/walkthrough.ipynb ----
+
+
+@reference
+def test_the_walkthrough_runs_from_top_to_bottom_and_is_saved_as_it_ran():
+    """With 3 steps of training; the lesson's own assertions hold its numbers against the modules."""
+    for name in ("nbformat", "ipykernel", "matplotlib", "nbclient"):
+        pytest.importorskip(name, reason="the walkthrough is run by nbclient (the extra demo)")
+    import nbclient
+    import nbformat
+    path = root / "demo" / "walkthrough.ipynb"
+    notebook = nbformat.read(path, 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    correlation = lambda: float(re.search(r"correlation with the bar (\S+)", "".join(
+        o.text for o in code[-1].outputs if o.output_type == "stream"))[1])
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    assert path.stat().st_size < 2e6 and correlation() > 0.9
+    code[0].source, changes = re.subn(r"(SECONDS, STEPS = .*,) \d+\n", r"\1 3\n", code[0].source)
+    assert changes == 1
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3",
+                            resources={"metadata": {"path": str(path.parent)}}).execute()
+    assert abs(correlation()) < 0.5  # 3 steps memorise nothing

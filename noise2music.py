@@ -202,7 +202,7 @@ SEC_3_3 = {                     # x per second  Hz of training audio  Hz of the 
 # fmt: on
 del T, F
 
-MODELS = {
+MODELS = {  # Table 9's rows have the order of UNetConfig's fields: a column of it makes one
     name: Model(name, UNetConfig(*column), TrainingConfig(*TABLE_2[name], *SEC_4_1[name]),
                 InferenceConfig(*TABLE_3[name]), *SEC_3_3[name])
     for name, column in zip(NAMES, zip(*TABLE_9.values()))
@@ -247,9 +247,9 @@ def linear(t, xp=jnp):
 
     departs: Eq. 5 as printed ends at sigma_1^2 = 0.02, a nearly clean clip, while sampling starts
     from N(0, I). The constants 1e-4 and 0.02 are the first and the last of Ho et al.'s 1000 betas,
-    which rise linearly. In continuous time beta rises from 0.1 to 20 (Song et al., 2021), and
-        sigma_t^2 = 1 - exp(-(integral of beta from 0 to t)), begun at sigma_0^2 = 1e-4 as printed.
-    Ho et al.'s step n, from 1 to 1000, is t = (n - 1) / 999."""
+    which rise linearly. In continuous time (the VP SDE of Song et al., 2021) beta rises from 0.1 to
+    20, and sigma_t^2 = 1 - e^-b with b = 1e-4 + the integral of beta from 0 to t, so that sigma_0^2
+    is as printed. Eq. 3: logsnr_t = -ln(e^b - 1). Ho's step n of 1000 is t = (n - 1) / 999."""
     return -xp.log(xp.expm1(1e-4 + 0.1 * t + 9.95 * t**2))
 
 
@@ -284,7 +284,7 @@ LOSS_WEIGHTS = {  # Sec. 3.1, as functions of logsnr_t
 class Condition(NamedTuple):
     """c in the paper: the entries of Fig. 1 besides x_t and t. None where there is none."""
     low_fi: jax.Array | None = None  # (B, T, 1) stacked with x_t
-    aligned: jax.Array | None = None  # (B, T / prod(strides), C) added at the bottom
+    aligned: jax.Array | None = None  # (B, T / prod(strides), 80) added at the bottom
     text: jax.Array | None = None  # (B, L, E) token embeddings
     text_mask: jax.Array | None = None  # (B, L) True on tokens, False on padding
 
@@ -296,7 +296,7 @@ class Batch(NamedTuple):
 
 
 def diffusion_loss(params, model: Model, key, batch: Batch):
-    """Eq. 1 of each clip, whose mean training minimises, and the clip's time t. Both (B,)."""
+    """Eq. 1 for each clip (training minimises its mean), and the clip's time t. Both (B,)."""
     key_t, key_eps, key_augment, key_occlude = jax.random.split(key, 4)
     x, condition = training_inputs(model, key_augment, batch)  # Secs. 3.3, 4.1; x (B, T, C)
 
@@ -322,8 +322,7 @@ def guided_eps(params, model: Model, x_t, t, condition: Condition):
     Without text (w is None), and for w = 1, it is the conditional prediction. The text alone is
     hidden, not the audio. numerics: one call on a doubled batch, the two rows of a clip adjacent.
     In bfloat16 the demo's models err in eps by up to 0.035 rms (super-resolution by 0.17 at the
-    last step), guided by up to 0.085; of their own errors that is up to a half.
-    """
+    last step), guided by up to 0.085."""
     b, w = x_t.shape[0], model.inference.cfg_scale
     if w in (None, 1) or not uses_text(model):
         return unet(params, model.unet, x_t, jnp.full(b, t), condition, jnp.ones(b))
@@ -350,7 +349,7 @@ def denoising_times(deltas, steps: int | None = None) -> np.ndarray:
     """Sec. 4.2.1: t_n = sum of the first n step sizes, t_0 = 0 < ... < t_N = 1. float64 (N + 1,).
 
     `steps` resamples it to another N; Sec. 4.6 scales the step sizes "inverse-proportionally".
-    choice: the curve is interpolated linearly, since stretches of 15 and 5 steps do not halve."""
+    choice: interpolated linearly, since the vocoder's 15 and 5 equal steps do not halve."""
     times = np.concatenate([[0.0], np.cumsum(deltas)])
     times /= times[-1]  # numerics: pins t_N = 1
     if steps is None:
@@ -402,7 +401,7 @@ def ancestral_scan(eps_fn: Callable, x_t, keys, n, updates: Update):
 
     def step(x_t, n_and_update):
         n, u = n_and_update
-        x0_hat = dynamic_clip((x_t - u.sigma_t * eps_fn(x_t, u.t)) / u.alpha_t)  # Eq. 2 for x
+        x0_hat = dynamic_clip((x_t - u.sigma_t * eps_fn(x_t, u.t)) / u.alpha_t)  # Eq. 2, for x
         noise = clip_noise(keys, n, x_t.shape[1:])
         return u.keep * x_t + u.toward * x0_hat + u.noise * noise, None  # Eq. 4: x_s
 
@@ -470,8 +469,8 @@ def conv_spec(taps, c_in, c_out, axes, init=_fan_in):
 
 
 def conv1d(p, x, left=None):
-    """1D convolution, (B, T, C_in) -> (B, T, C_out), with `left` of its taps - 1 zeros in front:
-    half of them where None, so that an odd kernel is centred."""
+    """1D convolution, (B, T, C_in) -> (B, T, C_out), padded with taps - 1 zeros, `left` of
+    them in front (None: half, so that an odd kernel is centred)."""
     taps = p["w"].shape[0]
     left = (taps - 1) // 2 if left is None else left
     padding = (left, taps - 1 - left)
@@ -509,9 +508,9 @@ def group_norm(p, x, groups):
 # ---- The block (Fig. 5) ----
 
 def combine_embedding(p, x, time):
-    """Sec. 3.2: "a single vector is used to produce a channel-wise scaling and bias"."""
+    """Sec. 3.2: "the single vector is used to produce a channel-wise scaling and bias"."""
     scale, bias = jnp.split(linear_layer(p, time), 2, axis=-1)  # (B, C_0) -> twice (B, C)
-    return x * (1 + per_clip(scale, x)) + per_clip(bias, x)  # choice: 1 +; zeros change nothing
+    return x * (1 + per_clip(scale, x)) + per_clip(bias, x)  # choice: 1 +, so that zeros keep x
 
 
 def attention_spec(cfg: UNetConfig, c, c_kv):
@@ -535,8 +534,9 @@ def attention(p, cfg: UNetConfig, x, kv=None, mask=None):
     h = group_norm(p["norm"], x, cfg.groups)  # choice: normalised before attention and feed-forward
     h = h.reshape(h.shape[0], -1, h.shape[-1])  # (B, T, C): pieces joined
     kv = h if kv is None else kv
-    heads = lambda y: y.reshape(*y.shape[:2], cfg.attention_heads, cfg.head_width)  # (B, T, H, K)
-    q, k, v = heads(linear_layer(p["q"], h)), *(heads(linear_layer(p[n], kv)) for n in ("k", "v"))
+    heads = lambda y: y.reshape(*y.shape[:2], cfg.attention_heads, cfg.head_width)
+    q = heads(linear_layer(p["q"], h))  # (B, T, H, K)
+    k, v = heads(linear_layer(p["k"], kv)), heads(linear_layer(p["v"], kv))  # (B, L, H, K)
     mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, L)
     y = jax.nn.dot_product_attention(q, k, v, mask=mask)  # (B, T, H, K)
     return linear_layer(p["out"], y.reshape(*x.shape[:-1], -1))  # (B, T, H K) -> (B, T, C)
@@ -593,7 +593,7 @@ def downsample(p, x, stride):
 
     choice: a kernel of 2 S, by Table 2's counts. numerics: S frames are folded into the channels,
     then convolved with two taps. `upsample` does the reverse, and pads on the other side: each is
-    the other's adjoint, so nothing drifts in time."""
+    the other's adjoint, and undoes its shift in time."""
     *batch, t, c = x.shape
     return conv1d(p, x.reshape(*batch, t // stride, stride * c), left=0)
 
@@ -623,7 +623,7 @@ def unet_spec(cfg: UNetConfig):
     blocks = lambda n, c, sa, ca: [block_spec(cfg, c, sa, ca) for _ in range(n)]
     spec = {
         "time": linear_spec(widths[0], widths[0], ("whole", "channels")),  # App. B.1: also C_0 wide
-        "entry": conv_spec(3, cfg.in_channels, widths[0], ("whole", "channels")),  # App. B.1: 3
+        "entry": conv_spec(3, cfg.in_channels, widths[0], ("whole", "channels")),  # B.1: 3 taps
         "down": [{"resample": conv_spec(2, s * outer, c, ("whole", "channels")),  # C_{I-1} -> C_I
                   "blocks": blocks(n, c, sa, ca)} for s, n, sa, ca, outer, c in depths],
         "up": [{"resample": conv_spec(2, c, s * outer, ("channels", "whole")),  # and back
@@ -665,8 +665,8 @@ def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on):
 
     for p, stride in zip(reversed(params["up"]), reversed(cfg.strides)):
         h = upsample(p["resample"], h, stride)  # (B, T_I, C_I) -> (B, T_{I-1}, C_{I-1})
-        # departs: Fig. 1 and the Efficient U-Net have the blocks before the up-sampling layer. Sec.
-        # 3.2 has them after; Table 2's counts agree with it to 2.2 %, with Fig. 1 to 8.2 % at best.
+        # departs: Fig. 1 and the Efficient U-Net have the blocks before the up-sampling layer, Sec.
+        # 3.2 has them after. Table 2's counts agree with the latter to 2.2 %.
         for p_block in p["blocks"]:
             h = run_block(p_block, x=h)
         # Fig. 1: added, not concatenated. choice: unscaled; the Efficient U-Net has 1 / sqrt(2).
@@ -740,7 +740,8 @@ def log_mel(audio):
     """Sec. 3.3.2: log-mel "normalized to lie within [-1, 1]". (B, T) at 16 kHz -> (B, T / 160, 80).
 
     choice: the mel magnitude in dB, with -90 and all below at -1, and +10 at 1, the same map for
-    every clip. A full-scale sine from 50 Hz to 7.9 kHz has 1.8 to 9.9 dB."""
+    every clip. As a filter sums several bins, a full-scale sine of 50 Hz to 7.9 kHz has 1.8
+    to 9.9 dB."""
     mel = jnp.matmul(jnp.abs(stft(audio)), mel_filters(), precision="highest")
     decibel = 20 * jnp.log10(jnp.maximum(mel, 1e-9))
     return jnp.clip((decibel + 40) / 50, -1, 1)
@@ -762,7 +763,7 @@ def gaussian_blur(x, std, taps, axis):
     """Sec. 4.1: Gaussian blur of x (B, T, C) along an axis, of std (B,) in elements.
 
     choice: 10 taps, which have no centre, are at -5..4. So a small std is the identity, and a large
-    one delays x by up to a third of an element. choice: the edges are repeated."""
+    one delays x by up to 0.36 of an element. choice: the edges are repeated."""
     offsets = np.arange(taps) - taps // 2
     kernel = jax.nn.softmax(-(offsets**2) / (2 * std[:, None] ** 2))  # (B, taps), sums to 1
     pad = [(0, 0)] * 3
@@ -800,8 +801,8 @@ def padded_length(cfg: UNetConfig, length: int) -> int:
 def training_inputs(model: Model, key, batch: Batch):
     """Sec. 3.3: x (B, T, C), and the condition it comes with.
 
-    choice: low-fidelity audio is made of the snippet, not of the clip that it is cut from. So the
-    FFT takes the whole input for a period, as in sampling."""
+    choice: low-fidelity audio is made of the snippet, not of the clip that it is cut from. The
+    FFT then takes the snippet for one period, as in sampling the whole clip."""
     audio, condition = batch
     samples = audio.shape[1]
     x = log_mel(audio) if writes_log_mel(model) else audio[:, :, None]  # (B, T, C)
@@ -890,7 +891,7 @@ def top_captions(captions, clips, k: int = 10) -> np.ndarray:
     """Sec. 3.5: "the top K captions that are closest to the audio in the embedding space".
 
     clips (N, E), each the average over its 10-second windows; captions (M, E). Returns indices
-    (N, k), the highest cosine first; of equals the first. numerics: captions are read in blocks, so
+    (N, k), the highest cosine first; the first of equals. numerics: captions are read in blocks, so
     that 4 million may lie in a np.memmap."""
     assert clips.shape[1] == captions.shape[1] and k <= len(captions)
     clips = jnp.asarray(clips, jnp.float32)
@@ -920,7 +921,7 @@ def draw_captions(top, k_prime: int, seed) -> np.ndarray:
 
 class Gaussian(NamedTuple):
     mean: np.ndarray  # (E,)
-    root: np.ndarray  # (E, R), with root @ root.T the covariance
+    root: np.ndarray  # (E, R), R = min(N, E): root @ root.T is the covariance
 
 
 def gaussian(x) -> Gaussian:
@@ -969,7 +970,7 @@ def table_6(generated, ground_truth, text=None, seed: int = 0) -> dict:
 # SHARDING says along which of the two each logical axis of an array is split; GSPMD (Xu et al.,
 # 2021) derives the rest. choice: all of the table; to split otherwise, change it alone.
 
-SHARDING = {     # parameters, activations   EMA and Adam's moments (Rajbhandari et al., 2020)
+SHARDING = {     # parameters, activations   EMA, Adam's moments (ZeRO: Rajbhandari et al., 2020)
     "batch":     ("data",                    None),
     "channels":  (None,                      "data"),   # between the boxes of Figs. 1 and 5
     "hidden":    ("model",                   "model"),  # within a block, a feed-forward
@@ -1237,7 +1238,7 @@ def fad_infinity(x, reference: Gaussian, seed: int = 0, sizes: int = 15) -> floa
     return float(np.polyfit(1 / n, fads, 1)[1])
 
 
-# ---- `python noise2music.py`: the five models on a slide ----
+# ---- `python noise2music.py`: a slide for each model ----
 
 def describe(model: Model, seconds: float = 30.0) -> str:
     """A model in a few lines: Tables 2 and 3, and the tensor at every depth of its U-Net."""
@@ -1248,7 +1249,7 @@ def describe(model: Model, seconds: float = 30.0) -> str:
     lines = [f"{model.name}: {model.rate} x {cfg.out_channels} a second",
              f"  {size_of(spec) / 1e6:.1f} M params (Table 2: {model.training.params / 1e6:g} M), "
              f"{steps} steps {i.step_schedule}, gamma {i.gamma}, {guidance}",
-             "  depth    length  channels  stride  blocks  attention     parameters",
+             "  depth    padded  channels  stride  blocks  attention     parameters",
              f"  {0:5d} {length:9,d} {cfg.base_dimension:9d}"]
     for depth in range(cfg.depth):
         length //= cfg.strides[depth]

@@ -6,8 +6,8 @@
     python sample.py --prompts prompts.txt -o folder --models runs
 
 The route `waveform` makes 3.2 kHz audio, then 16 kHz of it; `spectrogram` makes a log-mel, then
-16 kHz; super-resolution makes 24 kHz of either. Defaults are Table 3's, as the checkpoints hold
-them. Beside each wav goes a .json with every setting. Clip i of a seed is the same for any --num.
+16 kHz; super-resolution makes 24 kHz of either. Defaults are what the checkpoints hold,
+Table 3's or those of `tiny`. Beside each wav goes a .json with every setting. Clip i of a seed is the same for any --num.
 
 A line of --prompts is a prompt, a JSON object {"prompt": ..., "seed": ..., "seconds": ...}, or one
 of train.py's captions.jsonl. Line n, from 0, has the seed --seed + n where it names none. A second
@@ -43,7 +43,7 @@ OVERRIDES = {  # fields of InferenceConfig (Table 3) that have an option each
     "steps": ("--steps", number(int, 1, 100_000), "N", "denoising steps (Table 8 resampled)"),
     "step_schedule": ("--schedule", str, "NAME", "front_heavy, back_heavy or uniform (Table 8)"),
     "cfg_scale": ("--cfg-scale", number(float, 0, 1000), "W", "guidance; 1 is none"),
-    "gamma": ("--gamma", number(float, 0, 1), "G", "stochasticity of Eq. 4, which then samples"),
+    "gamma": ("--gamma", number(float, 0, 1), "G", "stochasticity of Eq. 4; selects sampler ddpm"),
 }
 
 

@@ -265,7 +265,7 @@ def update(state: State, model: n2m.Model, grads):
     c, n = model.training, state.step
     updates, opt = optimizer(c).update(grads, state.opt)
     params = optax.apply_updates(state.params, updates)
-    decay = jnp.minimum(c.ema, (1 + n) / (10 + n))  # departs: Sec. 4.1 has 0.9999 from the start
+    decay = jnp.minimum(c.ema, (1 + n) / (10 + n))  # departs: Sec. 4.1 has 0.9999
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
     state = on_mesh(State(params, ema, opt, n + 1), partial(state_layout, model))
     return state, optax.tree.norm(grads)

@@ -7,7 +7,8 @@
 
 The route `waveform` makes 3.2 kHz audio, then 16 kHz of it; `spectrogram` makes a log-mel, then
 16 kHz; super-resolution makes 24 kHz of either. Defaults are what the checkpoints hold,
-Table 3's or those of `tiny`. Beside each wav goes a .json with every setting. Clip i of a seed is the same for any --num.
+Table 3's or those of `tiny`. Beside each wav goes a .json with every setting. Clip i of a seed is
+the same for any --num.
 
 A line of --prompts is a prompt, a JSON object {"prompt": ..., "seed": ..., "seconds": ...}, or one
 of train.py's captions.jsonl. Line n, from 0, has the seed --seed + n where it names none. A second

@@ -618,8 +618,8 @@ def time_embedding(t, width):
 def unet_spec(cfg: UNetConfig):
     """The parameters of Fig. 1, a tree named after its boxes."""
     widths = [cfg.base_dimension * c for c in (1, *cfg.channels)]  # C_0, C_1, ..., C_D
-    depths = list(zip(cfg.strides, cfg.blocks, cfg.self_attention, cfg.cross_attention, widths,
-                      widths[1:]))
+    depths = list(zip(cfg.strides, cfg.blocks, cfg.self_attention, cfg.cross_attention,
+                      widths[:-1], widths[1:], strict=True))
     blocks = lambda n, c, sa, ca: [block_spec(cfg, c, sa, ca) for _ in range(n)]
     spec = {
         "time": linear_spec(widths[0], widths[0], ("whole", "channels")),  # App. B.1: also C_0 wide
@@ -839,19 +839,18 @@ def generate(prompts, weights, encode, route="waveform", seconds=30.0, seed=0, f
 
     prompts      B strings, one a clip
     weights      {name of a model: (Model, params)}, with the inference parameters of the Model
-    encode       (prompts, Model) -> Condition with their embeddings and mask (Sec. 3.4); not
-                 called for a model without text
+    encode       (prompts, Model) -> Condition with their embeddings and mask (Sec. 3.4), where
+                 the model reads text
     first_clip   the number of the first prompt's clip; clip i of a seed does not depend on others
     superres     False stops at 16 kHz, as in Sec. 4.3.1
     progress     called as progress(name, done, N)
     Returns {name: its output}: audio (B, seconds * rate), or log-mel (B, seconds * 100, 80)."""
     outputs, previous = {}, None
     for stage, name in enumerate(ROUTES[route]):
-        if name == "superresolution_cascader" and not superres:
+        if MODELS[name].rate > MEL_RATE and not superres:
             continue
         model, params = weights[name]
-        given = encode(prompts, model) if uses_text(model) else Condition()
-        condition = sampling_condition(model, given, previous, seconds)
+        condition = sampling_condition(model, encode(prompts, model), previous, seconds)
         stage_key = jax.random.fold_in(jax.random.key(seed), stage)
         clips = first_clip + jnp.arange(len(prompts))
         keys = jax.vmap(partial(jax.random.fold_in, stage_key))(clips)  # (B,)

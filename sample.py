@@ -52,7 +52,8 @@ OVERRIDES = {  # fields of InferenceConfig (Table 3) that have an option each
 
 def stages_of(route: str, superres: bool) -> list[str]:
     """The models of a route; without super-resolution it ends at 16 kHz (Sec. 4.3.1)."""
-    return [name for name in n2m.ROUTES[route] if superres or name != "superresolution_cascader"]
+    names = n2m.ROUTES[route]
+    return [name for name in names if superres or n2m.MODELS[name].rate <= n2m.MEL_RATE]
 
 
 def override(model: n2m.Model, bf16: bool, changes: dict) -> n2m.Model:
@@ -106,6 +107,8 @@ def load_weights(args, stages: list[str], mesh):
 
 def encode(text_encoder: t5_encoder.TextEncoder, prompts, model: n2m.Model) -> n2m.Condition:
     """Sec. 3.4: what a model is told of the prompts. What it hears, `sampling_condition` adds."""
+    if not n2m.uses_text(model):
+        return n2m.Condition()
     text, text_mask = text_encoder.encode(prompts, model.training.token_length)
     return n2m.Condition(text=jnp.asarray(text), text_mask=jnp.asarray(text_mask))
 

@@ -154,7 +154,7 @@ def text_to_ids(t5, text):
 def tokenize(t5, texts, length):
     """ids (B, L) int32 and mask (B, L) bool of a list of strings, L = length, True at the tokens.
     Every row ends in </s> (1), kept where the text is cut, then <pad> (0)."""
-    check(not isinstance(texts, str) and length >= 1, "give a list of texts and a length above 0")
+    check(not isinstance(texts, str) and length >= 1, "give a list of texts, a length above 0")
     ids = np.zeros((len(texts), length), np.int32)
     for row, text in zip(ids, texts):
         tokens = [*text_to_ids(t5, text)[:length - 1], 1]

@@ -841,8 +841,9 @@ def small_weights():
 
 
 def encode_prompts(prompts, model):
+    if not n2m.uses_text(model):
+        return n2m.Condition()
     L = model.training.token_length
-    assert L  # it is not asked for a model without text
     text = np.float32([rng(sum(map(ord, prompt))).normal(size=(L, 7)) for prompt in prompts])
     mask = np.arange(L) < np.array([[len(prompt)] for prompt in prompts])
     return n2m.Condition(text=text, text_mask=mask)

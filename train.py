@@ -453,8 +453,10 @@ def new_run(args, folder: Path, captions: list[str]) -> Run:
     check(not checkpoints(folder),
           f"{folder}: holds checkpoints; --resume goes on from them, another --out starts anew")
     model, params, metadata = n2m.MODELS[args.model], None, {"t5": None, "t5_fingerprint": None}
+    check(model.name == args.model, f"MODELS[{args.model!r}] has the name {model.name!r}")
     model = n2m.tiny(model) if args.tiny else model
     if args.init:
+        check(args.init.is_file(), f"{args.init}: --init takes a file, checkpoint-*.safetensors")
         model, params, metadata = load_params(args.init, args.model)
         metadata["t5"] = metadata["t5"] or str(args.init.resolve().parents[1] / "t5")
     metadata |= {"seed": args.seed or 0, "index": 0}

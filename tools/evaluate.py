@@ -6,6 +6,7 @@
     python tools/evaluate.py scores generated.npy music.npy        # embeddings that you made
     python tools/evaluate.py sweep music --models runs \\
         --audio-embedder noise2music:log_mel_statistics -o sweep.jsonl
+    python tools/evaluate.py prompts musiccaps musiccaps-public.csv --clips music
 
 `scores` prints FAD (Table 5) and similarity (Table 6) as JSON. GENERATED and REFERENCE are folders
 of audio, of which the middle --excerpt seconds at 16 kHz are embedded, or arrays of embeddings,
@@ -16,11 +17,12 @@ and compares the n-th clip with the n-th clip and, given a text embedder, with i
 Trill and MuLan, the paper's embedders, are not here, and FAD by another compares with no published
 number. `noise2music:log_mel_statistics` is an example: it knows loudness and spectrum, not music.
 
-The sets of Sec. 4.3.3 as lines of captions.jsonl, with the options of sample.py and evaluate.py:
-    MagnaTagATune        {"audio": ..., "tags": [...]}   --seconds 29   --excerpt 29
-    AudioSet-Music-Eval  {"audio": ..., "tags": [...]}   --seconds 30   --excerpt 10
-    MusicCaps            {"audio": ..., "long": "..."}   --seconds 30   --excerpt 10
+`prompts` makes the sets of Sec. 4.3.3 from their makers' files (see corpora.py): DIR/captions.jsonl
+of the clips in --clips DIR, which `sample.py --prompts` and `scores` read; or the prompts alone.
 The prompt of a clip is all its tags or labels as one string, or the rater's caption.
+    MagnaTagATune        prompts mtat annotations_final.csv        --seconds 29   --excerpt 29
+    AudioSet-Music-Eval  prompts audioset eval_segments.csv        --seconds 30   --excerpt 10
+    MusicCaps            prompts musiccaps musiccaps-public.csv    --seconds 30   --excerpt 10
 
 `sweep` writes a JSON line for each point of Figs. 2 and 3: of each model but super-resolution, the
 guidance scales 1, 2, 5, 10 and 15, the step schedules of Table 8, and a quarter to twice the steps;
@@ -40,6 +42,7 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import corpora
 import noise2music as n2m
 from label import WINDOWS, embed_audio, embed_texts, load_embedder, load_embeddings, progress
 from sample import (LENGTH, MAX_SEED, OVERRIDES, SECONDS, Job, add_model_options, caption_of,
@@ -218,10 +221,15 @@ def sweep(args):
 
 def parse_args(argv):
     parser = new_parser("evaluate.py", __doc__)
-    parser.add_argument("command", choices=("scores", "sweep"), help="each has a --help")
+    parser.add_argument("command", choices=("scores", "sweep", "prompts"), help="each has a --help")
     command = parser.parse_args(argv[:1]).command
     parser = new_parser(f"evaluate.py {command}", __doc__)
     add = parser.add_argument
+    if command == "prompts":
+        add("set", choices=corpora.SETS, help="of Sec. 4.3.3")
+        add("file", type=Path, metavar="FILE", help="as its makers publish it")
+        add("--clips", type=Path, metavar="DIR", help="the set's audio, as far as you have it")
+        return corpora.prompts, parser.parse_args(argv[1:])
     if command == "scores":
         add("generated", type=Path, metavar="GENERATED",
             help="what sample.py --prompts wrote, or any clips, or an array")

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import corpora
 import evaluate
 import export
 import label
@@ -310,6 +311,159 @@ def test_odd_captions_names_and_links(toy, capfd):
     assert [e["prompt"] for e in sample.read_prompts(Path("link/captions.jsonl"))] == [odd]
 
 
+# ---- corpora.py: Secs. 3.5 and 4.3.3, App. D ----
+
+
+@pytest.mark.parametrize("text", [
+    "A 50's pop ballad feat. X on vocals. |The mood is sad.",
+    "Rock vs. The World, at 120.5 bpm. |Dr. Dre and St. Vincent are heard.",
+    "J. S. Bach wrote it. |It is a fugue in C. |The organ, Op. 5 No. 2, is loud.",
+    "B.B. King plays with R.E.M. |The sound is by a.k.a. The Boss, of the 80s. |90s rave follows.",
+    "the song is slow. |it has strings, brass, etc. and drums. |the mood is sad",
+    "Strings, brass, etc. |Slow... then fast. |Slow... |Then nothing.",
+    'She sings "Stop. Go on." over drums. |The end is quiet.',
+    'The singer shouts "Hey!" and claps. |Is it jazz? |“It is over. Go home.” he says.',
+    "Recorded at 3 a.m. |The key is A. |It's calm, e.g. the flute, i.e. approx. 3 min. long.",
+    "The drums are loud.|The bass is soft.",
+    'A 12" single, the "A" side. |It is fast.',
+    "P!nk sings loudly. |will.i.am raps. |AC/DC rocks.",
+    "No. |No voices. |In 4/4. |Yes! |(It is noisy.) |She is off key.",
+    "1. One line\n|- and another."])
+def test_a_caption_is_split_into_sentences(text):
+    expected = [re.sub(r"^(1\.|-) ", "", sentence.strip()) for sentence in text.split("|")]
+    assert corpora.sentences(text.replace("|", "")) == expected
+    assert corpora.sentences('"It is all quoted. Both are."') == ["It is all quoted.", "Both are."]
+    assert corpora.sentences(" ... \n") == []
+
+
+MUSICCAPS = """\
+ytid,start_s,end_s,audioset_positive_labels,aspect_list,caption,author_id,is_balanced_subset,is_audioset_eval
+-0Gj8-vB1q4,30,40,"/m/0140xf,/m/02cjck","['low quality', ""50's pop"", 'slow']","This is ""pop"", feat. X. It is slow.",4,False,True
+AbCdEfGhIjK,0,10,/m/04rlf,"['slow']","It is slow.
+The end.",1,True,False
+"""
+
+
+def test_vocabularies_of_the_raters(toy, capfd):
+    """Sec. 3.5, from MusicCaps as published: Rater-LF, sentences, and Rater-SF, tags."""
+    Path("musiccaps-public.csv").write_text(MUSICCAPS)
+    label.main(["vocabulary", "raters", "musiccaps-public.csv", "-o", "v"])
+    assert capfd.readouterr().out == (
+        "v/rater_lf.txt and v/rater_sf.txt: 2 captions (10,028 in the paper), 4 sentences (35,333), "
+        "of them 3 different; 3 different tags (23,906)\n")
+    captions = lambda name: label.read_vocabulary("long", f"v/{name}", 1, 1).captions
+    assert captions("rater_lf.txt") == ['This is "pop", feat. X.', "It is slow.", "The end."]
+    assert captions("rater_sf.txt") == ["low quality", "50's pop", "slow"]
+
+
+def test_a_language_model_is_asked_and_its_answers_are_cleaned(toy, capfd):
+    """LaMDA-LF, Sec. 3.5: from titles and artists to prompts, and from answers to sentences."""
+    Path("songs.csv").write_text('id,title,artist\n1,"Up {artist}, Up",Ann & Bo\n2,Happy,The Cat\n')
+    Path("template.txt").write_text('"One" by A: It is slow.\n"{title}" by {artist}:')
+    label.main(["vocabulary", "songs", "songs.csv", "template.txt"])
+    asked = json_lines("vocabularies/prompts.jsonl")
+    assert [line["prompt"] for line in asked] == [
+        '"One" by A: It is slow.\n"Up {artist}, Up" by Ann & Bo:',
+        '"One" by A: It is slow.\n"Happy" by The Cat:']
+    said = ["The song has a happy mood. Bo sings up high. Up, up {artist} up and away it goes. It is "
+            "slow. It is good and it is",
+            "The song has a happy mood! A song by the cat on drums. It is Happy with many strings. "
+            "Happy drums play and " + "la " * 37 + "end.\nIt goes on to another song."]
+    lines = [json.dumps(line | {"answer": answer}) for line, answer in zip(asked, said)]
+    Path("answers.jsonl").write_text("\n".join(lines) + "\n")
+    label.main(["vocabulary", "answers", "answers.jsonl"])
+    assert Path("vocabularies/lamda_lf.txt").read_text() == "The song has a happy mood.\n"
+    assert capfd.readouterr().out.splitlines()[1] == (
+        "vocabularies/lamda_lf.txt: 1 sentences (4 million in the paper); dropped: 4 with a title or "
+        "artist, 2 too short or long, 1 after the first line, 1 cut off, 1 there already")
+
+
+SEGMENTS = """\
+# Segments csv created Sun Mar  5 10:54:25 2017
+# num_ytids=5, num_segs=5, num_unique_labels=5, num_positive_labels=10
+# YTID, start_seconds, end_seconds, positive_labels
+--PJHxphWEs, 30.000, 40.000, "/m/04rlf,/m/07y_7,/m/0l14_3"
+Yb_dEfGhIjK, 0.000, 10.000, "/m/0342h,/m/04rlf,/m/09x0r"
+0123456789_, 120.000, 130.000, "/m/04rlf,/t/dd00034"
+absent_____, 0.000, 10.000, "/m/04rlf,/m/05r5c"
+speech_____, 0.000, 10.000, "/m/04rlf,/m/09x0r"
+"""
+CLASSES = """\
+index,mid,display_name
+0,/m/09x0r,Speech
+137,/m/04rlf,Music
+140,/m/0342h,Guitar
+153,/m/05r5c,Piano
+189,/m/0l14_3,Bowed string instrument
+191,/m/07y_7,"Violin, fiddle"
+279,/t/dd00034,Tender music
+"""
+
+
+def audioset_of(folder, *tones):
+    """Clips named in three of the ways in which scripts name them, and the published files."""
+    Path("eval_segments.csv").write_text(SEGMENTS)
+    Path("class_labels_indices.csv").write_text(CLASSES)
+    for name, hz in zip(["--PJHxphWEs_30000", "YYb_dEfGhIjK", "0123456789__120_130"], tones):
+        write_tones(f"{folder}/{name}.wav", hz)
+
+
+def test_mulamcap_is_two_commands_from_audioset(toy, capfd):
+    """Sec. 3.5: 3 captions of LaMDA-LF, 3 of Rater-LF and 6 of Rater-SF for all music (App. D)."""
+    audioset_of("music", 300, 500, 400)
+    label.main(["audioset", "music", "eval_segments.csv"])
+    assert ("3 clips, of the music that is listed: 4 for evaluation (MuLaMCap: 4,497)"
+            in capfd.readouterr().out)
+    assert [line["labels"] for line in json_lines("music/metadata.jsonl")] == [
+        ["Bowed string instrument", "Violin, fiddle"], ["Guitar"], ["Tender music"]]
+    vocabularies = [("long", vocabulary("lamda.txt", *range(100, 900, 50))),
+                    ("long", vocabulary("raters.txt", *range(110, 900, 50))),
+                    ("short", vocabulary("tags.txt", *range(120, 900, 50)))]
+    run_label(*(word for kind, path in vocabularies for word in ("--vocabulary", kind, path)))
+    lines = json_lines("music/captions.jsonl")
+    assert [Path(line["audio"]).stem for line in lines] == [
+        "--PJHxphWEs_30000", "YYb_dEfGhIjK", "0123456789__120_130"]
+    assert all((len(line["long"]), len(line["short"])) == (6, 6) for line in lines)
+
+
+def test_audiosets_music_labels():
+    """App. D has 130 ids, each once; the comment above them names the eleven that were repaired."""
+    labels, source = corpora.MUSIC_LABELS, Path(corpora.__file__).read_text()
+    assert len(labels) == len(set(labels)) == 130
+    assert all(re.fullmatch(r"/(m/0[0-9a-z_]{3,7}|t/dd000\d\d)", name) for name in labels)
+    repaired = re.search(r"ontology: /m/([^.]+)\.", source)[1].replace("#", "").split()
+    assert len(repaired) == 11 and all(f"/m/{name}" in labels for name in repaired)
+
+
+def test_prompts_of_the_evaluation_sets(toy, capfd):
+    """Sec. 4.3.3, in the paper's form: alone, or as the captions of the clips that are there."""
+    audioset_of("music", 300, 500, 400)
+    write_tones("music/-0Gj8-vB1q4.wav", 300), Path("music/f").mkdir()
+    write_tones("music/f/a-30-59.mp3", 300, rate=16_000)
+    Path("musiccaps-public.csv").write_text(MUSICCAPS)
+    Path("annotations_final.csv").write_text(
+        '"clip_id"\t"no voice"\t"hard rock"\t"1"\t"mp3_path"\n'
+        '"2"\t"1"\t"0"\t"0"\t"f/a-30-59.mp3"\n"6"\t"1"\t"1"\t"0"\t"f/b-0-29.mp3"\n'
+        '"1"\t"0"\t"0"\t"0"\t"f/c-0-29.mp3"\n')
+    for name, file, wanted, held, seconds, size in [
+            ("mtat", "annotations_final.csv", ["no voice", "no voice, hard rock"], [0], 29,
+             "21,638"),
+            ("audioset", "eval_segments.csv", ["Bowed string instrument, Violin, fiddle",
+                                               "Tender music", "Piano"], [0, 1], 30, "1,482"),
+            ("musiccaps", "musiccaps-public.csv", ['This is "pop", feat. X. It is slow.',
+                                                   "It is slow. The end."], [0], 30, "5.5K")]:
+        evaluate.main(["prompts", name, file])
+        evaluate.main(["prompts", name, file, "--clips", "music"])
+        alone, clips = capfd.readouterr().out.splitlines()
+        assert f"{len(wanted)} of {len(wanted)} prompts" in alone and size in alone
+        assert f"{len(held)} of {len(wanted)} prompts" in clips
+        assert sample.read_prompts(Path(f"{name}.jsonl")) == [
+            {"prompt": prompt, "seconds": seconds} for prompt in wanted]
+        captions = Path("music/captions.jsonl")
+        assert [e["prompt"] for e in sample.read_prompts(captions)] == [wanted[n] for n in held]
+        captions.unlink()
+
+
 # ---- evaluate.py, Secs. 4.3 to 4.6 ----
 
 
@@ -547,6 +701,18 @@ REFUSALS = [(script, f"{start} {argv}", words) for script, start, rows in [
         "--text-embedder ok.npy": "--text-embedder is a function"}),
     ("label", "music", {"": "give a --vocabulary, or --high-quality",
                         "--vocabulary long ok.txt": "--vocabulary needs an --audio-embedder"}),
+    ("label", "vocabulary", {
+        "": "vocabulary --help", "raters a b": "raters takes a file", "songs csv.csv": "SONGS.csv TEMPL",
+        "raters csv.csv": "csv.csv: lacks aspect_list, caption; give the file as its makers publish",
+        "raters aspects.csv": "aspects.csv: row 1: aspect_list is not a list of tags",
+        "songs csv.csv words.txt": "words.txt: says nowhere {title}", "raters zero.npy": "no rows in it",
+        "answers words.txt": "words.txt:1: not an object with the texts answer, artist, title",
+        "answers told/captions.jsonl": "captions.jsonl:1: not an object"}),
+    ("label", "audioset music", {
+        "csv.csv": "class_labels_indices.csv", "bad/csv.csv": "csv.csv:1: not a YouTube id, a start"}),
+    ("evaluate", "prompts", {"mtat csv.csv": "csv.csv: lacks clip_id, mp3_path;", "": "prompts --help",
+                             "mtat mtat.csv --clips music": "music: holds none of the 1 clips",
+                             "audioset bad/csv.csv --clips absent": "absent: no such folder"}),
     ("evaluate", "", {"": "command", "score": "'score'"}),
     ("evaluate", "scores", {
         "wide.npy x.npy": "the generated embeddings are 3 wide, the reference's 4",
@@ -592,6 +758,10 @@ def test_tools_refuse_in_one_line(toy, runs, capfd, script, argv, words):
     vocabulary("words.txt", 1, 2, 3), Path("gap.txt").write_text("a\n\nc\n")
     np.savez("both.npz", np.ones(2), np.ones(2)), Path("text.npz").write_text("text")
     zipfile.ZipFile("member.npz", "w").writestr("readme.txt", "text")
+    for name, content in {"csv": "title,artist\n", "bad/csv": "", "aspects": "caption,aspect_list\n",
+                          "bad/class_labels_indices": "mid,display_name\n",
+                          "mtat": "clip_id\ttag\tmp3_path\n2\t1\ta.mp3\n"}.items():
+        Path(f"{name}.csv").write_text(content + ("x,y\n" if "mtat" not in name else ""))
     main = {"label": label, "evaluate": evaluate, "plan": plan, "export": export}[script].main
     err = exits(capfd, main, *shlex.split(argv))
     said = [line for line in err.splitlines() if "embedded: " not in line]  # beside the progress

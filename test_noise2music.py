@@ -2396,7 +2396,7 @@ def test_the_map_of_the_readme_is_complete_and_every_name_in_it_is_there():
 def test_the_table_of_choices_is_what_grep_finds():
     """`grep -nE "choice:|departs:"`, by the top-level name around or below the line."""
     tagged, listed = set(), set()
-    tools = (f"tools/{name}.py" for name in ("corpora", "evaluate", "label", "plan"))
+    tools = (f"tools/{name}.py" for name in ("corpora", "evaluate", "label", "listen", "plan"))
     for file in ("noise2music.py", "t5_encoder.py", "train.py", "sample.py", *tools):
         ends = [(ast.parse((FOLDER / file).read_text()).body[0].end_lineno, file), *top_level(file)]
         for number, line in enumerate((FOLDER / file).read_text().splitlines(), 1):

@@ -1,7 +1,9 @@
 """What a sceptical reader would check of tools/ and demo/export.py."""
 
+import base64
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
@@ -30,6 +32,7 @@ import corpora
 import evaluate
 import export
 import label
+import listen
 import plan
 import sample
 import train
@@ -622,6 +625,106 @@ def test_a_sweep_goes_on_where_it_was_stopped(toy, runs, monkeypatch, capfd):
         assert sampled == again and Path("s.jsonl").read_bytes() == text
 
 
+def test_tables_5_and_6_in_the_papers_layout(toy, capfd):
+    """Rows of ours and, in brackets, of the paper, where the names are its own; by a function, and
+    by arrays in the folders. Table 6 is the last embedder's."""
+    write_tones("music/0.wav", 420), write_tones("music/1.wav", 530)
+    manifest(toy / "music", *({"audio": f"{n}.wav", "long": tone_captions(410 + 130 * n)}
+                              for n in range(2)))
+    for folder, tones in [("ours", (400, 500)), ("other", (420, 530))]:
+        Path(folder).mkdir()
+        for n, hz in enumerate(tones):
+            write_tones(f"{folder}/{n}.wav", hz)
+    for folder, shift in [("music", 0), ("ours", 2), ("other", 0)]:
+        np.save(f"{folder}/VGG.npy", rng().normal(size=(9, 2)) + [shift, 0])
+        np.save(f"{folder}/Mine.npy", rng().normal(size=(9, 2)) + [0, shift / 2])
+
+    def printed(*embedders):
+        words = [word for name in embedders for word in ("--embedder", name)]
+        evaluate.main(["tables", "musiccaps", "ours", "other", "music", *words,
+                       "--text-embedder", "toy:text"])
+        out, err = capfd.readouterr()
+        assert "compare with no published number" in err
+        return {(title, row[:44].strip()): row[44:].split() for part in out.split("Table ")[1:]
+                for title, row in [(part[0], row) for row in part.splitlines()]}
+
+    table = printed("VGG", "Mine", "MuLan=toy:audio")
+    assert [*table[("5", "5, FAD: MusicCaps")]] == ["VGG", "Mine", "MuLan"]
+    assert table["5", "Noise2Music Waveform"] == ["(2.134)", "(0.110)"]
+    assert table["5", "MusicLM"] == ["(4.000)"]
+    assert table["5", "ours"][:2] == ["4.000", "1.000"] and float(table["5", "ours"][2]) > 0
+    assert [abs(float(fad)) for fad in table["5", "other"]] == [0, 0, 0]
+    cosines = lambda *hz: f"{np.mean(np.cos(np.array(hz) / 1000)):.3f}"
+    assert table["6", "Ground Truth Audio"] == [cosines(10, 10), "(0.452)", "1.000", "(1.000)"]
+    assert table["6", "Randomly Shuffled Audio"] == [cosines(120, 120), "(0.248)",
+                                                     cosines(110, 110), "(0.278)"]
+    assert table["6", "ours"] == [cosines(10, 40), cosines(20, 30)]
+    assert table["6", "MusicLM"] == ["(0.510)"]
+    table = printed("Mine=toy:audio")
+    assert [row for _, row in table] == ["5, FAD: MusicCaps", "ours", "other",
+                                         "6, similarity by Mine: MusicCaps", "Ground Truth Audio",
+                                         "Randomly Shuffled Audio", "ours", "other"]
+
+
+def test_figures_2_and_3_of_a_sweep(toy, monkeypatch):
+    """FAD against similarity along guidance and schedules; both against the time, along the steps."""
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib draws (extra plot)").Figure
+    points = [("generator", {"cfg_scale": w}) for w in (1, 2, 5)]
+    points += [("generator", {"step_schedule": k, "steps": 8}) for k in ("uniform", "back_heavy")]
+    points += [("vocoder", {"steps": n}) for n in (2, 4)]
+    lines = [{"model": model, **changes, "fad": n, "seconds_per_clip": 10 * n,
+              "similarity": {"generated audio": {"gt-text": -n, "gt-audio": 0}}}
+             for n, (model, changes) in enumerate([(None, {}), *points])]
+    Path("s.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn, savefig = [], figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda f, *a, **k: drawn.append(f) or savefig(f, *a, **k))
+    evaluate.main(["plot", "s.jsonl"])
+    assert all(Path(f"s-figure-{n}.png").stat().st_size > 5_000 for n in (2, 3))
+    curves = [[(line.get_label(), line.get_xydata().tolist()) for line in ax.get_lines()]
+              for figure in drawn for ax in figure.axes]
+    assert curves == [
+        [("generator: CFG scale", [[1, -1], [2, -2], [3, -3]]),
+         ("generator: step schedule", [[4, -4], [5, -5]])],
+        [("vocoder: steps", [[60, 6], [70, 7]])], [("vocoder: steps", [[60, -6], [70, -7]])]]
+    marks = [[text.get_text() for text in ax.texts] for figure in drawn for ax in figure.axes]
+    assert marks == [["1", "2", "5", "U", "B"], ["2", "4"], ["2", "4"]]
+
+
+# ---- listen.py, Table 7 ----
+
+
+def test_a_page_to_listen_to_holds_all_of_it(toy, capfd):
+    """The excerpts of each source and the prompts, and no address of anything else."""
+    Path("out").mkdir()
+    for n, hz in enumerate((400, 500)):
+        write_tones(f"out/000{n}.wav", hz, rate=16_000), write_tones(f"music/{n}.wav", hz + 100)
+        Path(f"out/000{n}.json").write_text(json.dumps({"prompt": f"</script> {hz}"}))
+    listen.main(["music", "out", "--excerpt", "2"])
+    assert "listen.html: 2 prompts, 2 pairs" in capfd.readouterr().out
+    html = Path("listen.html").read_text()
+    assert html.count("</script>") == 1 and not re.search(r"https?:|src=|href=|@import|url\(", html)
+    page = json.loads(re.search(r"^const .* = ({.*})  //", html, re.M)[1])
+    assert page["sources"] == ["music", "out"]
+    assert page["prompts"] == ["</script> 400", "</script> 500"]
+    kind, flac = page["clips"][1][0].split(",")
+    audio, rate = soundfile.read(io.BytesIO(base64.b64decode(flac)))
+    assert kind == "data:audio/flac;base64" and rate == 16_000
+    close(audio, evaluate.excerpt(train.Track(Path("out/0000.wav")), 2), atol=1e-4)
+
+
+def test_wins_are_counted_as_table_7_counts_them(toy, capfd):
+    """Of both files. Nobody wins where neither is better."""
+    for name, rows in {"ann": [("x", "y", -2), ("y", "z", 0)], "bob": [("y", "x", 1)]}.items():
+        answers = [{"prompt": "p", "a": a, "b": b, "score": score} for a, b, score in rows]
+        Path(f"{name}.json").write_text(json.dumps({"answers": answers}))
+    evaluate.main(["listen", "ann.json", "bob.json"])
+    *rows, paper = capfd.readouterr().out.splitlines()
+    assert [row.split() for row in rows] == [
+        [name, str(n), "wins", "in", str(of), "comparisons"]
+        for name, n, of in [("x", 2, 2), ("y", 0, 3), ("z", 0, 1)]]
+    assert "MusicCaps 959" in paper and sum(listen.TABLE_7.values()) == 2931
+
+
 PESTO = """
 import numpy as np, pesto, torch
 
@@ -714,6 +817,13 @@ REFUSALS = [(script, f"{start} {argv}", words) for script, start, rows in [
                              "mtat mtat.csv --clips music": "music: holds none of the 1 clips",
                              "audioset bad/csv.csv --clips absent": "absent: no such folder"}),
     ("evaluate", "", {"": "command", "score": "'score'"}),
+    ("evaluate", "tables musiccaps", {
+        "told music --embedder VGG": "VGG.npy: No such file", "told music": "--embedder",
+        "told music --embedder VGG=toy:absent": "no attribute 'absent'"}),
+    ("evaluate", "plot", {"words.txt": "words.txt:1: not an object", "zero.npy": "no points of a sw"}),
+    ("listen", "", {
+        "music": "give two folders or more", "told music told": "each once",
+        "told bad": "hold [2, 1] clips", "csv.json": "csv.json: not what the page saves", "absent told": "absent: no such folder"}),
     ("evaluate", "scores", {
         "wide.npy x.npy": "the generated embeddings are 3 wide, the reference's 4",
         "nan.npy x.npy": "not all of them numbers",
@@ -762,7 +872,9 @@ def test_tools_refuse_in_one_line(toy, runs, capfd, script, argv, words):
                           "bad/class_labels_indices": "mid,display_name\n",
                           "mtat": "clip_id\ttag\tmp3_path\n2\t1\ta.mp3\n"}.items():
         Path(f"{name}.csv").write_text(content + ("x,y\n" if "mtat" not in name else ""))
-    main = {"label": label, "evaluate": evaluate, "plan": plan, "export": export}[script].main
+    Path("csv.json").write_text("{}")
+    main = {"label": label, "evaluate": evaluate, "listen": listen, "plan": plan,
+            "export": export}[script].main
     err = exits(capfd, main, *shlex.split(argv))
     said = [line for line in err.splitlines() if "embedded: " not in line]  # beside the progress
     assert words in err and len(said) == 1

@@ -111,7 +111,7 @@ def sentences(text: str) -> list[str]:
 # ---- Vocabularies (Sec. 3.5) ----
 
 def raters(path: Path):
-    """Rater-LF and Rater-SF: {file name: captions}, and what there is to say."""
+    """Rater-LF and Rater-SF (Table 1): {file name: captions}, and what there is to say."""
     rows = read_csv(path, {"caption", "aspect_list"})
     split = [sentence for row in rows for sentence in sentences(row["caption"])]
     tags = []

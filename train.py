@@ -13,6 +13,7 @@ any length) and either `captions.jsonl`, a JSON object a line,
 `one.flac`, a `one.txt` with a long caption a line. `python tools/label.py --help` says how music
 without captions gets them. Everything is written to OUT/MODEL: checkpoints (the last two are kept),
 `log.jsonl`, and samples with --sample-every. `sample.py --models OUT` reads them from there.
+`--data music library` mixes two folders, `--data music:97 library:3` in these shares.
 """
 
 import argparse

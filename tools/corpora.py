@@ -5,9 +5,9 @@
     python tools/label.py vocabulary answers answers.jsonl         # lamda_lf.txt, of its answers
     python tools/label.py audioset clips eval_segments.csv         # clips/metadata.jsonl
 
-MusicCaps (Google): musiccaps-public.csv. AudioSet (Google): balanced_train_segments.csv,
-unbalanced_train_segments.csv and eval_segments.csv, each beside class_labels_indices.csv.
-MagnaTagATune (City University of London): annotations_final.csv. Nothing is downloaded.
+Nothing is downloaded. MusicCaps (Google) is musiccaps-public.csv. AudioSet (Google) is
+balanced_train_segments.csv, unbalanced_train_segments.csv and eval_segments.csv, each beside
+class_labels_indices.csv. MagnaTagATune (City University of London) is annotations_final.csv.
 
 LaMDA-LF (Sec. 3.5): songs.csv has the columns title and artist. The template is any text in which
 {title} and {artist} stand for those; the paper's is in its App. C: twelve descriptions of songs,
@@ -15,9 +15,11 @@ and then the song in question. A language model adds an "answer" to each line of
 
 AudioSet: the clips with a label of App. D, of those that are in the folder: by YouTube id and
 start, `ID_30.wav` for 30 s or 30000 ms, `ID_30_40.wav`, or by the id alone, before all of which a
-`Y` may stand. MuLaMCap (Sec. 3.5) is what label.py then makes of the folder:
+`Y` may stand. MuLaMCap (Sec. 3.5) is what label.py then makes of a folder for training, and of
+another for evaluation:
     python tools/label.py ./clips --vocabulary long lamda_lf.txt --vocabulary long rater_lf.txt \\
         --vocabulary short rater_sf.txt --audio-embedder x:audio --text-embedder x:text
+What is evaluated on MusicCaps is trained without Rater-LF (Sec. 3.6).
 """
 
 import ast
@@ -28,7 +30,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -48,16 +50,17 @@ def read_csv(path: Path, columns: set[str], **kind) -> list[dict]:
     return rows
 
 
-def read_json_lines(path: Path, keys: set[str]) -> list[dict]:
-    entries = []
+def read_json_lines(path: Path, texts: tuple[str, ...] = ()) -> list[dict]:
+    """The objects of a file with one a line, each with the texts that are named."""
+    entries, with_texts = [], f" with {', '.join(texts)}" if texts else ""
     for n, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
         try:
-            entry = json.loads(line or "{}")
-            entries += [entry] if entry else []
-            check(not line or all(isinstance(entry.get(key), str) for key in keys), "")
-        except (ValueError, AttributeError):
-            raise ValueError(f"{path}:{n}: not an object with the texts "
-                             f"{', '.join(sorted(keys))}") from None
+            entry = json.loads(line or "null")
+            check(not line or isinstance(entry, dict)
+                  and all(isinstance(entry.get(key), str) for key in texts), "")
+            entries += [entry] if line else []
+        except ValueError:
+            raise ValueError(f"{path}:{n}: not a JSON object{with_texts}") from None
     return entries
 
 
@@ -163,7 +166,7 @@ def answers(path: Path):
     by its words alone. choice: an answer ends with its line; a primed model goes on to other songs.
     """
     kept, dropped = {}, Counter()
-    for song in read_json_lines(path, {"title", "artist", "answer"}):
+    for song in read_json_lines(path, ("title", "artist", "answer")):
         first, *rest = song["answer"].strip().splitlines() or [""]
         dropped["after the first line"] += len(sentences("\n".join(rest)))
         artists = re.split(r", | & | feat\.? | ft\.? | featuring | and ", song["artist"])
@@ -316,7 +319,7 @@ def musiccaps(path: Path, folder: Path | None):
 
 class PromptSet(NamedTuple):
     name: str  # as Tables 5 and 6 print it
-    entries: object  # (file, folder) -> (line of captions.jsonl, the audio below the folder)
+    entries: Callable  # (file, folder) -> (line of captions.jsonl, the audio below the folder)
     size: str
     seconds: int  # to generate
     excerpt: int  # to compare, from the middle

@@ -306,7 +306,7 @@ def plot(args):
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError('plot draws with matplotlib: pip install -e ".[plot]"') from None
-    lines = corpora.read_json_lines(args.sweep, {})
+    lines = corpora.read_json_lines(args.sweep)
     check(lines and all({"fad", "similarity"} <= line.keys() for line in lines),
           f"{args.sweep}: holds no points of a sweep, or some without a similarity")
     kept = lines[0]["similarity"]["generated audio"]

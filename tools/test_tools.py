@@ -835,8 +835,8 @@ REFUSALS = [(script, f"{start} {argv}", words) for script, start, rows in [
         "raters csv.csv": "csv.csv: lacks aspect_list, caption; give the file as its makers publish",
         "raters aspects.csv": "aspects.csv: row 1: aspect_list is not a list of tags",
         "songs csv.csv words.txt": "words.txt: says nowhere {title}", "raters zero.npy": "no rows in it",
-        "answers words.txt": "words.txt:1: not an object with the texts answer, artist, title",
-        "answers told/captions.jsonl": "captions.jsonl:1: not an object"}),
+        "answers words.txt": "words.txt:1: not a JSON object with title, artist, answer",
+        "answers told/captions.jsonl": "captions.jsonl:1: not a JSON object"}),
     ("label", "audioset music", {
         "csv.csv": "class_labels_indices.csv", "bad/csv.csv": "csv.csv:1: not a YouTube id, a start"}),
     ("evaluate", "prompts", {"mtat csv.csv": "csv.csv: lacks clip_id, mp3_path;", "": "prompts --help",
@@ -846,7 +846,7 @@ REFUSALS = [(script, f"{start} {argv}", words) for script, start, rows in [
     ("evaluate", "tables musiccaps", {
         "told music --embedder VGG": "VGG.npy: No such file", "told music": "--embedder",
         "told music --embedder VGG=toy:absent": "no attribute 'absent'"}),
-    ("evaluate", "plot", {"words.txt": "words.txt:1: not an object", "zero.npy": "no points of a sw"}),
+    ("evaluate", "plot", {"words.txt": "words.txt:1: not a JSON object", "zero.npy": "no points of a sw"}),
     ("listen", "", {
         "music": "give two folders or more", "told music told": "each once",
         "told bad": "hold [2, 1] clips", "csv.json": "csv.json: not what the page saves", "absent told": "absent: no such folder"}),

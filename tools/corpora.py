@@ -200,9 +200,9 @@ def vocabulary(args):
 # ---- AudioSet (App. D) ----
 
 MUSIC = "/m/04rlf"  # the root of the subtree, on half of all clips
-# App. D, in its order: 130 of the 189 nodes below it. Where the text that was read had a one, these
-# have an l, as in AudioSet's ontology: /m/0192l 0gg8l 0l14_3 0l14gg 0l14jd 0l14j_ 0l14l2 0l14md
-# 0l14qv 0l14t7 0l156b.
+# App. D, in its order: 130 of the 188 nodes below it (AudioSet's ontology, CC BY-SA 4.0). Where the
+# text that was read had a one, these have an l, as in the ontology: /m/0192l 0gg8l 0l14_3 0l14gg
+# 0l14jd 0l14j_ 0l14l2 0l14md 0l14qv 0l14t7 0l156b.
 MUSIC_LABELS = """
     /m/0z9c /m/0mkg /m/042v_gx /m/0fd3y /t/dd00036 /m/025td0t /m/0192l /m/018j2 /m/0bm02 /m/018vs
     /m/02cz_7 /m/0395lw /m/0gg8l /m/0155w /m/0l14_3 /m/01kcd /m/015vgc /m/01xqw /m/02bk07 /m/0l14jd

@@ -28,7 +28,8 @@ The prompt of a clip is all its tags or labels as one string, or the rater's cap
     AudioSet-Music-Eval  prompts audioset eval_segments.csv        --seconds 30   --excerpt 10
     MusicCaps            prompts musiccaps musiccaps-public.csv    --seconds 30   --excerpt 10
 
-`tables` prints Tables 5 and 6 for a set: a row for each folder GENERATED, a column an embedder.
+`tables` prints Tables 5 and 6 for a set: a row for each folder GENERATED, a column an embedder, and
+the paper's numbers in brackets where set and embedder have the names of the paper's.
 
 `sweep` writes a JSON line for each point of Figs. 2 and 3: of each model but super-resolution, the
 guidance scales 1, 2, 5, 10 and 15, the step schedules of Table 8, and a quarter to twice the steps;

@@ -434,7 +434,7 @@ def test_audiosets_music_labels():
     labels, source = corpora.MUSIC_LABELS, Path(corpora.__file__).read_text()
     assert len(labels) == len(set(labels)) == 130
     assert all(re.fullmatch(r"/(m/0[0-9a-z_]{3,7}|t/dd000\d\d)", name) for name in labels)
-    repaired = re.search(r"ontology: /m/([^.]+)\.", source)[1].replace("#", "").split()
+    repaired = re.search(r"the ontology: /m/([^.]+)\.", source)[1].replace("#", "").split()
     assert len(repaired) == 11 and all(f"/m/{name}" in labels for name in repaired)
 
 

@@ -20,7 +20,7 @@ import tempfile
 import time
 import types
 import zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -1462,6 +1462,50 @@ def test_examples_are_a_pure_function_of_seed_and_index(tmp_path):
     assert any((maker(clips, seed=s)(0).audio[:99] != first[0].audio[:99]).any() for s in (6, 7))
 
 
+def test_folders_are_mixed_by_their_clips_or_by_weight(tmp_path, capfd, monkeypatch):
+    """Each clip once an epoch; or of each folder its share, and none twice before all once. What a
+    resumed run sees depends on the index alone."""
+    for folder, n in [("many", 5), ("few", 2)]:
+        (tmp_path / folder).mkdir()
+        for k in range(n):
+            write_tone(tmp_path / folder / f"{k}.wav", 0.2, rate=2_000)
+            (tmp_path / folder / f"{k}.txt").write_text(f"{folder} {k}")
+    name, maker, seen = "spectrogram_vocoder", train.example_maker, []
+    begun = train.Run(small(name), types.SimpleNamespace(step=0), {"seed": 3, "index": 0}, None)
+    monkeypatch.setattr(train, "new_run", lambda *_: begun)
+    monkeypatch.setattr(train, "place", lambda state, _: state)
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+
+    def mixed(*data):  # the arguments of the example_maker of a run on these folders
+        monkeypatch.setattr(train, "example_maker", lambda *given: seen.append(given) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_train(name, "--tiny", "--out", tmp_path / "runs", "--data",
+                      *(f"{tmp_path}/{folder}" for folder in data))
+        return capfd.readouterr().out, *seen[-1]
+
+    texts = lambda given, epoch: [maker(*given[:3], len, given[4])(7 * epoch + i).text
+                                  for i in range(7)]
+    out, *given = mixed("many", "few")
+    assert "/many: 5 clips, 71.43% of the examples" in out
+    assert "/few: 2 clips, 28.57% of the examples" in out
+    everything = sorted(clip.track.long[0] for clip in given[0])
+    first, second = (texts(given, epoch) for epoch in range(2))
+    assert sorted(first) == sorted(second) == everything and first != second
+    out, *given = mixed("many:1", "few:2.5")
+    assert "/many: 5 clips, 28.57% of the examples" in out
+    epochs = [texts(given, epoch) for epoch in range(5)]
+    assert all(sum(text < "g" for text in epoch) == 5 for epoch in epochs)  # of the few
+    counts = Counter(sum(epochs, []))
+    assert [counts[text] for text in everything] in ([12, 13, *[2] * 5], [13, 12, *[2] * 5])
+    places = [[text < "g" for text in epoch] for epoch in epochs]
+    assert any(place != places[0] for place in places) and texts(given, 3) == epochs[3]
+    other = [texts([*given[:2], 4, *given[3:]], epoch) for epoch in range(5)]  # another seed
+    assert [*map(sorted, other)] != [*map(sorted, epochs)]
+    argv = name, "--tiny", "--out", tmp_path, "--data"
+    assert "each folder a weight, or none" in exits(capfd, train.main, *argv, "a:1", "b")
+    assert "folder_and_weight value: 'a:0'" in exits(capfd, train.main, *argv, "a:0")
+
+
 def test_a_batch_is_what_the_examples_hold():
     model = small("waveform_cascader")
     examples = [train.Example(np.full(8, k, np.float32), "x" * k) for k in (1, 2, 3)]
@@ -2397,7 +2441,7 @@ def test_the_map_of_the_readme_is_complete_and_every_name_in_it_is_there():
 def test_the_table_of_choices_is_what_grep_finds():
     """`grep -nE "choice:|departs:"`, by the top-level name around or below the line."""
     tagged, listed = set(), set()
-    tools = (f"tools/{name}.py" for name in ("evaluate", "label", "plan"))
+    tools = (f"tools/{name}.py" for name in ("corpora", "evaluate", "label", "listen", "plan"))
     for file in ("noise2music.py", "t5_encoder.py", "train.py", "sample.py", *tools):
         ends = [(ast.parse((FOLDER / file).read_text()).body[0].end_lineno, file), *top_level(file)]
         for number, line in enumerate((FOLDER / file).read_text().splitlines(), 1):

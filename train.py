@@ -13,6 +13,7 @@ any length) and either `captions.jsonl`, a JSON object a line,
 `one.flac`, a `one.txt` with a long caption a line. `python tools/label.py --help` says how music
 without captions gets them. Everything is written to OUT/MODEL: checkpoints (the last two are kept),
 `log.jsonl`, and samples with --sample-every. `sample.py --models OUT` reads them from there.
+`--data music library` mixes two folders, `--data music:97 library:3` in these shares.
 """
 
 import argparse
@@ -62,6 +63,7 @@ class Clip(NamedTuple):
     track: Track
     start: float  # seconds into the track
     seconds: float  # 30, or less where the track is shorter
+    folder: int = 0  # which --data it is of
 
 
 class Example(NamedTuple):
@@ -165,18 +167,47 @@ def text_batch(track: Track, token_length: int, count_tokens: Callable) -> list[
     return [*track.long, *segments]
 
 
-def example_maker(clips: list[Clip], model: n2m.Model, seed: int, count_tokens=None) -> Callable:
+def mixed_clips(data: list, folders: list[list[Track]]) -> list[Clip]:
+    """The clips of all --data. Of several folders it prints their shares of the examples."""
+    clips = [clip._replace(folder=k) for k, tracks in enumerate(folders)
+             for clip in find_clips(tracks)]
+    sizes = np.bincount([clip.folder for clip in clips])
+    shares = np.array([weight or size for (_, weight), size in zip(data, sizes)])
+    for (path, _), size, share in zip(data, sizes, shares / shares.sum()):
+        if len(data) > 1:
+            print(f"{path}: {size} clips, {share:.2%} of the examples")
+    return clips
+
+
+def epoch_order(clips: list[Clip], weights: list[float], seed: int, epoch: int) -> np.ndarray:
+    """The clips of an epoch, by their numbers, shuffled. choice: each once, also where folders are
+    mixed (Sec. 3.6); or, given weights, of each folder its share, and none twice before all once.
+    """
+    rng, parts = np.random.default_rng([seed, epoch]), []
+    if not weights:
+        return rng.permutation(len(clips))
+    folders = np.array([clip.folder for clip in clips])
+    for k, weight in enumerate(weights):
+        own, n = np.flatnonzero(folders == k), max(1, round(len(clips) * weight / sum(weights)))
+        first, end = epoch * n // len(own), -(-(epoch + 1) * n // len(own))  # rounds of this folder
+        rounds = [np.random.default_rng([seed, 2, k, i]).permutation(own)
+                  for i in range(first, end)]
+        start = epoch * n - first * len(own)
+        parts.append(np.concatenate(rounds)[start : start + n])
+    return rng.permutation(np.concatenate(parts))
+
+
+def example_maker(clips: list[Clip], model: n2m.Model, seed: int, count_tokens=None,
+                  weights=()) -> Callable:
     """index -> Example, a function of the seed and the index alone, so that a run resumes exactly.
 
-    An epoch visits every clip once. Without `count_tokens` examples have no text.
+    An epoch visits every clip once, without weights. Without `count_tokens` examples have no text.
     """
     c, clip_bytes = model.training, 4 * model.audio_rate * np.mean([clip.seconds for clip in clips])
     samples = round(c.seconds * model.audio_rate)
     texts_of = cache(lambda track: text_batch(track, c.token_length, count_tokens))
-
-    @lru_cache(2)
-    def order(epoch):
-        return np.random.default_rng([seed, epoch]).permutation(len(clips))
+    order = lru_cache(2)(partial(epoch_order, clips, weights, seed))
+    size = len(order(0))
 
     @lru_cache(int(CACHE / clip_bytes))  # a small data set is decoded once
     def audio_or_none(clip):
@@ -184,7 +215,7 @@ def example_maker(clips: list[Clip], model: n2m.Model, seed: int, count_tokens=N
         return usable(path, load_audio, path, clip.start, clip.seconds, model.audio_rate)
 
     def example(index):
-        rng, (epoch, i) = np.random.default_rng([seed, 1, index]), divmod(index, len(clips))
+        rng, (epoch, i) = np.random.default_rng([seed, 1, index]), divmod(index, size)
         clip = clips[order(epoch)[i]]
         for _ in range(100):  # others take the place of what cannot be decoded
             if (audio := audio_or_none(clip)) is not None:
@@ -524,7 +555,8 @@ def train(args, run: Run, folder: Path, clips: list[Clip], mesh, parts: int):
     for number in (signal.SIGINT, signal.SIGTERM):  # the first saves and stops, a second just stops
         signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
     c, step, seed, index = model.training, int(state.step), metadata["seed"], metadata["index"]
-    example = example_maker(clips, model, seed, encoder and encoder.count_tokens)
+    weights = [weight for _, weight in args.data or [] if weight]
+    example = example_maker(clips, model, seed, encoder and encoder.count_tokens, weights)
     batch_of = lambda examples: make_batch(examples, model, encoder and encoder.encode)
     first, log = batch_of([example(0)]), open_log(folder, step)
     print(f"training to step {c.steps}; the first step compiles", flush=True)
@@ -671,13 +703,22 @@ OVERRIDES = {  # fields of TrainingConfig that have an option each
 }
 
 
+def folder_and_weight(text: str):
+    """An argparse type: (folder, weight or None) of DIR[:WEIGHT]."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).is_dir():
+        return Path(text), None
+    return Path(path), number(float, 1e-9)(weight)
+
+
 def parse_args(argv=None):
     parser = new_parser("train.py", __doc__)
     group = lambda title: parser.add_argument_group(title).add_argument
     one_of = lambda **need: parser.add_mutually_exclusive_group(**need).add_argument
     add, data, size = parser.add_argument, one_of(required=True), one_of()
     add("model", choices=tuple(n2m.MODELS), metavar="MODEL", help="one of " + ", ".join(n2m.MODELS))
-    data("--data", type=Path, metavar="DIR", help="folder of audio and captions")
+    data("--data", type=folder_and_weight, nargs="+", metavar="DIR[:WEIGHT]", help="folders of "
+         "audio and captions, mixed: each clip as often, or by weight: music:97 library:3")
     data("--overfit", type=Path, metavar="FILE", help="memorise one clip: the first thing to try")
     add("--out", type=Path, required=True, metavar="RUNS", help="this run goes into RUNS/MODEL")
     size("--tiny", action="store_true", help="a small variant of the model, for a CPU")
@@ -707,6 +748,8 @@ def parse_args(argv=None):
             override("--" + field.name.replace("_", "-"), metavar="X",
                      **option | {"help": f"{option['help']} (paper: {paper})"})
     args = parser.parse_args(argv)
+    if args.data and len({weight is None for _, weight in args.data}) > 1:
+        parser.error("--data: give each folder a weight, or none")
     if args.init and args.resume:
         parser.error("--init begins a run; leave it out to go on with --resume")
     if args.tiny and args.model not in n2m.TINY:
@@ -722,7 +765,9 @@ def run(args):
         check(args.overfit.is_file(), f"{args.overfit}: no such file; --overfit memorises one")
         tracks = [Track(args.overfit, (args.overfit.stem,))]
     else:
-        tracks = read_tracks(args.data, n2m.uses_text(n2m.MODELS[args.model]))
+        needs_text = n2m.uses_text(n2m.MODELS[args.model])
+        folders = [read_tracks(path, needs_text) for path, _ in args.data]
+        tracks = [track for folder in folders for track in folder]
     captions = sorted({text for track in tracks for text in track.long + track.short})
     folder = args.out / args.model
     begun = (resumed_run if args.resume else new_run)(args, folder, captions)
@@ -731,7 +776,7 @@ def run(args):
         clips = track_clips(tracks[0])
         clips = [clips[len(clips) // 2]._replace(seconds=model.training.seconds)]
     else:
-        clips = find_clips(tracks)
+        clips = mixed_clips(args.data, folders)
     mesh, parts = mesh_and_parts(args, model.training.batch_size)
     print(f"{len(tracks)} tracks, {len(clips)} clips of up to {CLIP_SECONDS} s\n"
           f"{model.name}: {n / 1e6:.1f} M parameters, {n * 16 / 2**30:.2f} GiB with their average "

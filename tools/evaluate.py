@@ -6,6 +6,11 @@
     python tools/evaluate.py scores generated.npy music.npy        # embeddings that you made
     python tools/evaluate.py sweep music --models runs \\
         --audio-embedder noise2music:log_mel_statistics -o sweep.jsonl
+    python tools/evaluate.py plot sweep.jsonl                      # Figs. 2 and 3
+    python tools/evaluate.py prompts musiccaps musiccaps-public.csv --clips music
+    python tools/evaluate.py tables musiccaps generated riffusion music \\
+        --embedder VGG=my:vggish --embedder MuLan=my:mulan --text-embedder my:mulan_text
+    python tools/evaluate.py listen music generated riffusion      # Table 7, as listen.py
 
 `scores` prints FAD (Table 5) and similarity (Table 6) as JSON. GENERATED and REFERENCE are folders
 of audio, of which the middle --excerpt seconds at 16 kHz are embedded, or arrays of embeddings,
@@ -16,11 +21,15 @@ and compares the n-th clip with the n-th clip and, given a text embedder, with i
 Trill and MuLan, the paper's embedders, are not here, and FAD by another compares with no published
 number. `noise2music:log_mel_statistics` is an example: it knows loudness and spectrum, not music.
 
-The sets of Sec. 4.3.3 as lines of captions.jsonl, with the options of sample.py and evaluate.py:
-    MagnaTagATune        {"audio": ..., "tags": [...]}   --seconds 29   --excerpt 29
-    AudioSet-Music-Eval  {"audio": ..., "tags": [...]}   --seconds 30   --excerpt 10
-    MusicCaps            {"audio": ..., "long": "..."}   --seconds 30   --excerpt 10
+`prompts` makes the sets of Sec. 4.3.3 from their makers' files (see corpora.py): DIR/captions.jsonl
+of the clips in --clips DIR, which `sample.py --prompts` and `scores` read; or the prompts alone.
 The prompt of a clip is all its tags or labels as one string, or the rater's caption.
+    MagnaTagATune        prompts mtat annotations_final.csv        --seconds 29   --excerpt 29
+    AudioSet-Music-Eval  prompts audioset eval_segments.csv        --seconds 30   --excerpt 10
+    MusicCaps            prompts musiccaps musiccaps-public.csv    --seconds 30   --excerpt 10
+
+`tables` prints Tables 5 and 6 for a set: a row for each folder GENERATED, a column an embedder, and
+the paper's numbers in brackets where set and embedder have the names of the paper's.
 
 `sweep` writes a JSON line for each point of Figs. 2 and 3: of each model but super-resolution, the
 guidance scales 1, 2, 5, 10 and 15, the step schedules of Table 8, and a quarter to twice the steps;
@@ -40,6 +49,7 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import corpora
 import noise2music as n2m
 from label import WINDOWS, embed_audio, embed_texts, load_embedder, load_embeddings, progress
 from sample import (LENGTH, MAX_SEED, OVERRIDES, SECONDS, Job, add_model_options, caption_of,
@@ -55,6 +65,13 @@ from train import (Clip, fail, load_audio, new_parser, number, read_tracks, reas
 class EvaluationSet(NamedTuple):
     embeddings: np.ndarray  # (N, E), or of frames (N, F, E)
     texts: list[str] | None  # a prompt or caption for each clip, where all have one
+
+
+def clips_of(folder: Path) -> list:
+    """In the order of the folder's captions.jsonl, or by name; of a folder of samples, the samples.
+    """
+    tracks = read_tracks(folder, False)
+    return [track for track in tracks if track.path.with_suffix(".json").exists()] or tracks
 
 
 def text_of(track) -> str:
@@ -81,16 +98,12 @@ def excerpt(track, seconds: float) -> np.ndarray:
 
 
 def evaluation_set(source: Path, spec: str, seconds: float) -> EvaluationSet:
-    """The excerpts of a folder of audio, embedded; or an array that the user made.
-
-    In the order of the folder's captions.jsonl, or by name; of a folder of samples, the samples.
-    """
+    """The excerpts of a folder of audio, embedded; or an array that the user made."""
     if source.suffix in (".npy", ".npz"):
         return EvaluationSet(load_embeddings(source), None)
     check(spec, f"{source}: a folder of audio needs an --audio-embedder")
-    function, tracks, parts = load_embedder(spec), read_tracks(source, False), []
+    function, tracks, parts = load_embedder(spec), clips_of(source), []
     check(callable(function), f"{spec}: is an array; give it in the place of the folder {source}")
-    tracks = [t for t in tracks if t.path.with_suffix(".json").exists()] or tracks
     show = progress(f"{source}: clips embedded", len(tracks))
     for i in range(0, len(tracks), WINDOWS):
         some = [excerpt(track, seconds) for track in tracks[i : i + WINDOWS]]
@@ -154,6 +167,80 @@ def evaluate(args):
     print(json.dumps(settings | result, indent=1))
 
 
+# ---- Tables 5 and 6 (Sec. 4.4) ----
+
+EMBEDDERS = "VGG", "Trill", "MuLan"
+TABLE_5 = {  # FAD by each of them
+    "musiccaps": {
+        "Riffusion":               (13.371, 0.763, 0.487),
+        "Mubert":                  (9.620,  0.449, 0.366),
+        "MusicLM":                 (4.0,    0.44,  None),
+        "Noise2Music Waveform":    (2.134,  0.405, 0.110),
+        "Noise2Music Spectrogram": (3.840,  0.474, 0.180)},
+    "audioset": {
+        "Noise2Music Waveform":    (2.240,  0.252, 0.193),
+        "Noise2Music Spectrogram": (3.498,  0.323, 0.276)},
+    "mtat": {
+        "Noise2Music Waveform":    (3.554,  0.352, 0.235),
+        "Noise2Music Spectrogram": (5.553,  0.419, 0.346)},
+}  # fmt: skip
+TABLE_6 = {  # similarity by MuLan: audio to gt-text, audio to gt-audio
+    "musiccaps": {
+        "Ground Truth Audio":      (0.452, 1.0),
+        "Randomly Shuffled Audio": (0.248, 0.278),
+        "Riffusion":               (0.342, 0.312),
+        "Mubert":                  (0.323, 0.280),
+        "MusicLM":                 (0.51,  None),
+        "Noise2Music Waveform":    (0.478, 0.489),
+        "Noise2Music Spectrogram": (0.434, 0.464)},
+    "audioset": {
+        "Ground Truth Audio":      (0.470, 1.0),
+        "Randomly Shuffled Audio": (0.274, 0.265),
+        "Noise2Music Waveform":    (0.563, 0.429),
+        "Noise2Music Spectrogram": (0.490, 0.389)},
+    "mtat": {
+        "Ground Truth Audio":      (0.498, 1.0),
+        "Randomly Shuffled Audio": (0.277, 0.315),
+        "Noise2Music Waveform":    (0.518, 0.479),
+        "Noise2Music Spectrogram": (0.459, 0.444)},
+}  # fmt: skip
+
+
+def print_table(title: str, columns, ours: dict, paper: dict):
+    """The rows of the paper, its numbers in brackets, and of ours; what both have is one row."""
+    cell = lambda x, form: "" if x is None else form.format(x)
+    none = [None] * len(columns)
+    print(f"{title:44}" + "".join(f"{column:>20}" for column in columns))
+    for row in dict.fromkeys([*paper, *ours]):
+        print(f"  {row:42}" + "".join(
+            f"{cell(a, '{:.3f}'):>11}{cell(b, '({:.3f})'):>9}"
+            for a, b in zip(ours.get(row, none), paper.get(row, none))))
+
+
+def tables(args):
+    """Tables 5 and 6 with a row for each folder of clips, all of the prompts of one set."""
+    fad, similar, which = {}, {}, corpora.SETS[args.set]
+    for name, spec in args.embedder:
+        read = lambda folder, name=name, spec=spec: evaluation_set(
+            folder if spec else folder / f"{name}.npy", spec, which.excerpt)
+        truth = read(args.reference)
+        text = args.text_embedder if (name, spec) == args.embedder[-1] else None
+        for folder in args.generated:
+            result = scores(read(folder), truth, text, args.seed)
+            fad.setdefault(str(folder), []).append(result["fad"])
+            for row, columns in result.get("similarity", {}).items():  # the last embedder's stay
+                row = str(folder) if row == "generated audio" else row.title()
+                similar[row] = columns.get("gt-text"), columns["gt-audio"]
+    names = [name for name, _ in args.embedder]
+    paper = {row: [dict(zip(EMBEDDERS, numbers)).get(name) for name in names]
+             for row, numbers in TABLE_5[args.set].items()}
+    print_table(f"Table 5, FAD: {which.name}", names, fad, paper if {*names} & {*EMBEDDERS} else {})
+    print_table(f"Table 6, similarity by {names[-1]}: {which.name}", ["gt-text", "gt-audio"],
+                similar, TABLE_6[args.set] if names[-1] == "MuLan" else {})
+    warn("in brackets are the paper's numbers, by its VGG, Trill and MuLan; FAD and similarity by "
+         "other embedders, or by other weights of these, compare with no published number")
+
+
 # ---- Ablations (Secs. 4.5 and 4.6) ----
 
 def sweep_points(weights) -> list:
@@ -214,14 +301,80 @@ def sweep(args):
         print(json.dumps(line), flush=True)
 
 
+def plot(args):
+    """Figs. 2 and 3 of a sweep: FAD against similarity, and both against the time to sample."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError('plot draws with matplotlib: pip install -e ".[plot]"') from None
+    lines = corpora.read_json_lines(args.sweep)
+    check(lines and all({"fad", "similarity"} <= line.keys() for line in lines),
+          f"{args.sweep}: holds no points of a sweep, or some without a similarity")
+    kept = lines[0]["similarity"]["generated audio"]
+    column = "gt-text" if "gt-text" in kept else "gt-audio"
+    axes = {"FAD": lambda line: line["fad"],
+            f"similarity to {column}": lambda line: line["similarity"]["generated audio"][column],
+            "inference time of a clip (s)": lambda line: line["seconds_per_clip"]}
+    FAD, SIMILARITY, TIME = axes
+
+    def draw(ax, x, y, what, varied, mark):
+        """A curve for each model, through the points where just `varied` differ from Table 3."""
+        for model in dict.fromkeys(line["model"] for line in lines[1:]):
+            points = [line for line in lines if line["model"] == model
+                      and {"cfg_scale", "step_schedule", "steps"} & line.keys() == varied]
+            if points:
+                places = [(axes[x](line), axes[y](line)) for line in points]
+                ax.plot(*zip(*places), "o-", label=f"{model.replace('_', ' ')}: {what}")
+                for line, place in zip(points, places):
+                    ax.annotate(mark(line), place, (4, 4), textcoords="offset points")
+        ax.set(xlabel=x, ylabel=y)
+
+    figures = {n: Figure((4.5 * n - 2, 5), layout="constrained") for n in (2, 3)}
+    ax = figures[2].subplots()
+    draw(ax, FAD, SIMILARITY, "CFG scale", {"cfg_scale"}, lambda line: f"{line['cfg_scale']:g}")
+    draw(ax, FAD, SIMILARITY, "step schedule", {"step_schedule", "steps"},
+         lambda line: line["step_schedule"][0].upper())  # Fig. 2: "B"ack-heavy, "U"niform, ...
+    for ax, y in zip(figures[3].subplots(1, 2), (FAD, SIMILARITY)):
+        draw(ax, TIME, y, "steps", {"steps"}, lambda line: line["steps"])
+    for n, figure in figures.items():
+        figure.axes[0].legend()
+        path = args.sweep.with_name(f"{args.sweep.stem}-figure-{n}.png")
+        figure.savefig(path)
+        print(path)
+
+
 # ---- Command line ----
 
 def parse_args(argv):
     parser = new_parser("evaluate.py", __doc__)
-    parser.add_argument("command", choices=("scores", "sweep"), help="each has a --help")
+    parser.add_argument("command", help="each has a --help", choices=(
+        "prompts", "scores", "tables", "sweep", "plot", "listen"))
     command = parser.parse_args(argv[:1]).command
     parser = new_parser(f"evaluate.py {command}", __doc__)
     add = parser.add_argument
+    if command == "prompts":
+        add("set", choices=corpora.SETS, help="of Sec. 4.3.3")
+        add("file", type=Path, metavar="FILE", help="as its makers publish it")
+        add("--clips", type=Path, metavar="DIR", help="the set's audio, as far as you have it")
+        return corpora.prompts, parser.parse_args(argv[1:])
+    if command == "listen":
+        from listen import parse_args as parse_sources  # which imports this module
+        return parse_sources(argv[1:])
+    if command == "plot":
+        add("sweep", type=Path, metavar="SWEEP", help="the .jsonl that `sweep` wrote")
+        return plot, parser.parse_args(argv[1:])
+    seed = dict(type=number(int, 0, MAX_SEED), default=0, metavar="N", help="default: 0")
+    if command == "tables":
+        add("set", choices=corpora.SETS, help="of Sec. 4.3.3")
+        add("generated", type=Path, nargs="+", metavar="GENERATED", help="folders, a row each")
+        add("reference", type=Path, metavar="REFERENCE", help="the folder of the real clips")
+        add("--embedder", action="append", required=True, metavar="NAME[=E]",
+            type=lambda text: text.partition("=")[::2], help="a column: VGG, Trill, MuLan or any; "
+            "by package.module:function, or by an array NAME.npy in each folder; the last is "
+            "Table 6's too")
+        add("--text-embedder", metavar="E", help="of the last: as for `scores`")
+        add("--seed", **seed)
+        return tables, parser.parse_args(argv[1:])
     if command == "scores":
         add("generated", type=Path, metavar="GENERATED",
             help="what sample.py --prompts wrote, or any clips, or an array")
@@ -231,7 +384,7 @@ def parse_args(argv):
     add("--text-embedder", metavar="E", help="package.module:function, or an array")
     add("--excerpt", type=LENGTH, default=10, metavar="S",
         help="seconds from the middle of a clip (default: 10; 29 for MagnaTagATune)")
-    add("--seed", type=number(int, 0, MAX_SEED), default=0, metavar="N", help="default: 0")
+    add("--seed", **seed)
     if command == "sweep":
         add_model_options(parser)
         add("-o", "--out", type=Path, default=Path("sweep.jsonl"), metavar="FILE",

@@ -1,11 +1,13 @@
 """Captions for a folder of music: pseudo-labels (Sec. 3.5), and its own titles and tags (Sec. 3.6).
 
-    # the training set of Sec. 3.6; MuLaMCap, Sec. 3.5; metadata alone, all clips of a track
+    # the training set of Sec. 3.6; metadata alone, all clips of a track
     python tools/label.py music --vocabulary long lamda_lf.txt --vocabulary short rater_sf.txt \\
         --audio-embedder my_mulan:audio --text-embedder my_mulan:text
-    python tools/label.py audioset --vocabulary long lamda_lf.txt 3 \\
-        --vocabulary long rater_lf.txt 3 --vocabulary short rater_sf.txt 6 --audio-embedder x.npy
     python tools/label.py library --high-quality
+    # the vocabularies of Sec. 3.5, and AudioSet's music for MuLaMCap; both have a --help of their
+    # own, and folders of these names are ./vocabulary and ./audioset
+    python tools/label.py vocabulary raters musiccaps-public.csv
+    python tools/label.py audioset clips eval_segments.csv
 
 For each 30 s clip, the K captions of each vocabulary that are nearest to the clip by the cosine of
 their embeddings; K' of them are drawn with probabilities inverse to how often each was near to a
@@ -35,6 +37,7 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import corpora
 import noise2music as n2m
 from t5_encoder import check
 from train import (CLIP_SECONDS, CLIPS_PER_TRACK, THREADS, Clip, Track, find_clips, load_audio,
@@ -285,7 +288,10 @@ def label(args):
 
 # ---- Command line ----
 
-def parse_args(argv=None):
+def parse_args(argv):
+    """(function, arguments) of a command."""
+    if argv and argv[0] in corpora.COMMANDS:
+        return corpora.COMMANDS[argv[0]], corpora.parse_args(*argv[:1], argv[1:])
     parser = new_parser("label.py", __doc__)
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="the music")
@@ -306,11 +312,11 @@ def parse_args(argv=None):
         parser.error("--vocabulary needs an --audio-embedder to compare the captions with")
     if not (args.vocabulary or args.high_quality):
         parser.error("give a --vocabulary, or --high-quality for the metadata alone")
-    return args
+    return label, args
 
 
 def main(argv=None):
-    run_command(label, parse_args(argv))
+    run_command(*parse_args(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

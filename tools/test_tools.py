@@ -1,7 +1,9 @@
 """What a sceptical reader would check of tools/ and demo/export.py."""
 
+import base64
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
@@ -26,9 +28,11 @@ import numpy as np
 import pytest
 import soundfile
 
+import corpora
 import evaluate
 import export
 import label
+import listen
 import plan
 import sample
 import train
@@ -310,6 +314,159 @@ def test_odd_captions_names_and_links(toy, capfd):
     assert [e["prompt"] for e in sample.read_prompts(Path("link/captions.jsonl"))] == [odd]
 
 
+# ---- corpora.py: Secs. 3.5 and 4.3.3, App. D ----
+
+
+@pytest.mark.parametrize("text", [
+    "A 50's pop ballad feat. X on vocals. |The mood is sad.",
+    "Rock vs. The World, at 120.5 bpm. |Dr. Dre and St. Vincent are heard.",
+    "J. S. Bach wrote it. |It is a fugue in C. |The organ, Op. 5 No. 2, is loud.",
+    "B.B. King plays with R.E.M. |The sound is by a.k.a. The Boss, of the 80s. |90s rave follows.",
+    "the song is slow. |it has strings, brass, etc. and drums. |the mood is sad",
+    "Strings, brass, etc. |Slow... then fast. |Slow... |Then nothing.",
+    'She sings "Stop. Go on." over drums. |The end is quiet.',
+    'The singer shouts "Hey!" and claps. |Is it jazz? |“It is over. Go home.” he says.',
+    "Recorded at 3 a.m. |The key is A. |It's calm, e.g. the flute, i.e. approx. 3 min. long.",
+    "The drums are loud.|The bass is soft.",
+    'A 12" single, the "A" side. |It is fast.',
+    "P!nk sings loudly. |will.i.am raps. |AC/DC rocks.",
+    "No. |No voices. |In 4/4. |Yes! |(It is noisy.) |She is off key.",
+    "1. One line\n|- and another."])
+def test_a_caption_is_split_into_sentences(text):
+    expected = [re.sub(r"^(1\.|-) ", "", sentence.strip()) for sentence in text.split("|")]
+    assert corpora.sentences(text.replace("|", "")) == expected
+    assert corpora.sentences('"It is all quoted. Both are."') == ["It is all quoted.", "Both are."]
+    assert corpora.sentences(" ... \n") == []
+
+
+MUSICCAPS = """\
+ytid,start_s,end_s,audioset_positive_labels,aspect_list,caption,author_id,is_balanced_subset,is_audioset_eval
+-0Gj8-vB1q4,30,40,"/m/0140xf,/m/02cjck","['low quality', ""50's pop"", 'slow']","This is ""pop"", feat. X. It is slow.",4,False,True
+AbCdEfGhIjK,0,10,/m/04rlf,"['slow']","It is slow.
+The end.",1,True,False
+"""
+
+
+def test_vocabularies_of_the_raters(toy, capfd):
+    """Sec. 3.5, from MusicCaps as published: Rater-LF, sentences, and Rater-SF, tags."""
+    Path("musiccaps-public.csv").write_text(MUSICCAPS)
+    label.main(["vocabulary", "raters", "musiccaps-public.csv", "-o", "v"])
+    assert capfd.readouterr().out == (
+        "v/rater_lf.txt and v/rater_sf.txt: 2 captions (10,028 in the paper), 4 sentences (35,333), "
+        "of them 3 different; 3 different tags (23,906)\n")
+    captions = lambda name: label.read_vocabulary("long", f"v/{name}", 1, 1).captions
+    assert captions("rater_lf.txt") == ['This is "pop", feat. X.', "It is slow.", "The end."]
+    assert captions("rater_sf.txt") == ["low quality", "50's pop", "slow"]
+
+
+def test_a_language_model_is_asked_and_its_answers_are_cleaned(toy, capfd):
+    """LaMDA-LF, Sec. 3.5: from titles and artists to prompts, and from answers to sentences."""
+    Path("songs.csv").write_text('id,title,artist\n1,"Up {artist}, Up",Ann & Bo\n2,Happy,The Cat\n')
+    Path("template.txt").write_text('"One" by A: It is slow.\n"{title}" by {artist}:')
+    label.main(["vocabulary", "songs", "songs.csv", "template.txt"])
+    asked = json_lines("vocabularies/prompts.jsonl")
+    assert [line["prompt"] for line in asked] == [
+        '"One" by A: It is slow.\n"Up {artist}, Up" by Ann & Bo:',
+        '"One" by A: It is slow.\n"Happy" by The Cat:']
+    said = ["The song has a happy mood. Bo sings up high. Up, up {artist} up and away it goes. It is "
+            "slow. It is good and it is",
+            "The song has a happy mood! A song by the cat on drums. It is Happy with many strings. "
+            "Happy drums play and " + "la " * 37 + "end.\nIt goes on to another song."]
+    lines = [json.dumps(line | {"answer": answer}) for line, answer in zip(asked, said)]
+    Path("answers.jsonl").write_text("\n".join(lines) + "\n")
+    label.main(["vocabulary", "answers", "answers.jsonl"])
+    assert Path("vocabularies/lamda_lf.txt").read_text() == "The song has a happy mood.\n"
+    assert capfd.readouterr().out.splitlines()[1] == (
+        "vocabularies/lamda_lf.txt: 1 sentences (4 million in the paper); dropped: 4 with a title or "
+        "artist, 2 too short or long, 1 after the first line, 1 cut off, 1 there already")
+
+
+SEGMENTS = """\
+# Segments csv created Sun Mar  5 10:54:25 2017
+# num_ytids=5, num_segs=5, num_unique_labels=5, num_positive_labels=10
+# YTID, start_seconds, end_seconds, positive_labels
+--PJHxphWEs, 30.000, 40.000, "/m/04rlf,/m/07y_7,/m/0l14_3"
+Yb_dEfGhIjK, 0.000, 10.000, "/m/0342h,/m/04rlf,/m/09x0r"
+0123456789_, 120.000, 130.000, "/m/04rlf,/t/dd00034"
+absent_____, 0.000, 10.000, "/m/04rlf,/m/05r5c"
+speech_____, 0.000, 10.000, "/m/04rlf,/m/09x0r"
+"""
+CLASSES = """\
+index,mid,display_name
+0,/m/09x0r,Speech
+137,/m/04rlf,Music
+140,/m/0342h,Guitar
+153,/m/05r5c,Piano
+189,/m/0l14_3,Bowed string instrument
+191,/m/07y_7,"Violin, fiddle"
+279,/t/dd00034,Tender music
+"""
+
+
+def audioset_of(folder, *tones):
+    """Clips named in three of the ways in which scripts name them, and the published files."""
+    Path("eval_segments.csv").write_text(SEGMENTS)
+    Path("class_labels_indices.csv").write_text(CLASSES)
+    for name, hz in zip(["--PJHxphWEs_30000", "YYb_dEfGhIjK", "0123456789__120_130"], tones):
+        write_tones(f"{folder}/{name}.wav", hz)
+
+
+def test_mulamcap_is_two_commands_from_audioset(toy, capfd):
+    """Sec. 3.5: 3 captions of LaMDA-LF, 3 of Rater-LF and 6 of Rater-SF for all music (App. D)."""
+    audioset_of("music", 300, 500, 400)
+    label.main(["audioset", "music", "eval_segments.csv"])
+    assert ("3 clips, of the music that is listed: 4 for evaluation (MuLaMCap: 4,497)"
+            in capfd.readouterr().out)
+    assert [line["labels"] for line in json_lines("music/metadata.jsonl")] == [
+        ["Bowed string instrument", "Violin, fiddle"], ["Guitar"], ["Tender music"]]
+    vocabularies = [("long", vocabulary("lamda.txt", *range(100, 900, 50))),
+                    ("long", vocabulary("raters.txt", *range(110, 900, 50))),
+                    ("short", vocabulary("tags.txt", *range(120, 900, 50)))]
+    run_label(*(word for kind, path in vocabularies for word in ("--vocabulary", kind, path)))
+    lines = json_lines("music/captions.jsonl")
+    assert [Path(line["audio"]).stem for line in lines] == [
+        "--PJHxphWEs_30000", "YYb_dEfGhIjK", "0123456789__120_130"]
+    assert all((len(line["long"]), len(line["short"])) == (6, 6) for line in lines)
+
+
+def test_audiosets_music_labels():
+    """App. D has 130 ids, each once; the comment above them names the eleven that were repaired."""
+    labels, source = corpora.MUSIC_LABELS, Path(corpora.__file__).read_text()
+    assert len(labels) == len(set(labels)) == 130
+    assert all(re.fullmatch(r"/(m/0[0-9a-z_]{3,7}|t/dd000\d\d)", name) for name in labels)
+    repaired = re.search(r"the ontology: /m/([^.]+)\.", source)[1].replace("#", "").split()
+    assert len(repaired) == 11 and all(f"/m/{name}" in labels for name in repaired)
+
+
+def test_prompts_of_the_evaluation_sets(toy, capfd):
+    """Sec. 4.3.3, in the paper's form: alone, or as the captions of the clips that are there."""
+    audioset_of("music", 300, 500, 400)
+    write_tones("music/-0Gj8-vB1q4.wav", 300), Path("music/f").mkdir()
+    write_tones("music/f/a-30-59.mp3", 300, rate=16_000)
+    Path("musiccaps-public.csv").write_text(MUSICCAPS)
+    Path("annotations_final.csv").write_text(
+        '"clip_id"\t"no voice"\t"hard rock"\t"1"\t"mp3_path"\n'
+        '"2"\t"1"\t"0"\t"0"\t"f/a-30-59.mp3"\n"6"\t"1"\t"1"\t"0"\t"f/b-0-29.mp3"\n'
+        '"1"\t"0"\t"0"\t"0"\t"f/c-0-29.mp3"\n')
+    for name, file, wanted, held, seconds, size in [
+            ("mtat", "annotations_final.csv", ["no voice", "no voice, hard rock"], [0], 29,
+             "21,638"),
+            ("audioset", "eval_segments.csv", ["Bowed string instrument, Violin, fiddle",
+                                               "Tender music", "Piano"], [0, 1], 30, "1,482"),
+            ("musiccaps", "musiccaps-public.csv", ['This is "pop", feat. X. It is slow.',
+                                                   "It is slow. The end."], [0], 30, "5.5K")]:
+        evaluate.main(["prompts", name, file])
+        evaluate.main(["prompts", name, file, "--clips", "music"])
+        alone, clips = capfd.readouterr().out.splitlines()
+        assert f"{len(wanted)} of {len(wanted)} prompts" in alone and size in alone
+        assert f"{len(held)} of {len(wanted)} prompts" in clips
+        assert sample.read_prompts(Path(f"{name}.jsonl")) == [
+            {"prompt": prompt, "seconds": seconds} for prompt in wanted]
+        captions = Path("music/captions.jsonl")
+        assert [e["prompt"] for e in sample.read_prompts(captions)] == [wanted[n] for n in held]
+        captions.unlink()
+
+
 # ---- evaluate.py, Secs. 4.3 to 4.6 ----
 
 
@@ -468,6 +625,106 @@ def test_a_sweep_goes_on_where_it_was_stopped(toy, runs, monkeypatch, capfd):
         assert sampled == again and Path("s.jsonl").read_bytes() == text
 
 
+def test_tables_5_and_6_in_the_papers_layout(toy, capfd):
+    """Rows of ours and, in brackets, of the paper, where the names are its own; by a function, and
+    by arrays in the folders. Table 6 is the last embedder's."""
+    write_tones("music/0.wav", 420), write_tones("music/1.wav", 530)
+    manifest(toy / "music", *({"audio": f"{n}.wav", "long": tone_captions(410 + 130 * n)}
+                              for n in range(2)))
+    for folder, tones in [("ours", (400, 500)), ("other", (420, 530))]:
+        Path(folder).mkdir()
+        for n, hz in enumerate(tones):
+            write_tones(f"{folder}/{n}.wav", hz)
+    for folder, shift in [("music", 0), ("ours", 2), ("other", 0)]:
+        np.save(f"{folder}/VGG.npy", rng().normal(size=(9, 2)) + [shift, 0])
+        np.save(f"{folder}/Mine.npy", rng().normal(size=(9, 2)) + [0, shift / 2])
+
+    def printed(*embedders):
+        words = [word for name in embedders for word in ("--embedder", name)]
+        evaluate.main(["tables", "musiccaps", "ours", "other", "music", *words,
+                       "--text-embedder", "toy:text"])
+        out, err = capfd.readouterr()
+        assert "compare with no published number" in err
+        return {(title, row[:44].strip()): row[44:].split() for part in out.split("Table ")[1:]
+                for title, row in [(part[0], row) for row in part.splitlines()]}
+
+    table = printed("VGG", "Mine", "MuLan=toy:audio")
+    assert [*table[("5", "5, FAD: MusicCaps")]] == ["VGG", "Mine", "MuLan"]
+    assert table["5", "Noise2Music Waveform"] == ["(2.134)", "(0.110)"]
+    assert table["5", "MusicLM"] == ["(4.000)"]
+    assert table["5", "ours"][:2] == ["4.000", "1.000"] and float(table["5", "ours"][2]) > 0
+    assert [abs(float(fad)) for fad in table["5", "other"]] == [0, 0, 0]
+    cosines = lambda *hz: f"{np.mean(np.cos(np.array(hz) / 1000)):.3f}"
+    assert table["6", "Ground Truth Audio"] == [cosines(10, 10), "(0.452)", "1.000", "(1.000)"]
+    assert table["6", "Randomly Shuffled Audio"] == [cosines(120, 120), "(0.248)",
+                                                     cosines(110, 110), "(0.278)"]
+    assert table["6", "ours"] == [cosines(10, 40), cosines(20, 30)]
+    assert table["6", "MusicLM"] == ["(0.510)"]
+    table = printed("Mine=toy:audio")
+    assert [row for _, row in table] == ["5, FAD: MusicCaps", "ours", "other",
+                                         "6, similarity by Mine: MusicCaps", "Ground Truth Audio",
+                                         "Randomly Shuffled Audio", "ours", "other"]
+
+
+def test_figures_2_and_3_of_a_sweep(toy, monkeypatch):
+    """FAD against similarity along guidance and schedules; both against the time, along the steps."""
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib draws (extra plot)").Figure
+    points = [("generator", {"cfg_scale": w}) for w in (1, 2, 5)]
+    points += [("generator", {"step_schedule": k, "steps": 8}) for k in ("uniform", "back_heavy")]
+    points += [("vocoder", {"steps": n}) for n in (2, 4)]
+    lines = [{"model": model, **changes, "fad": n, "seconds_per_clip": 10 * n,
+              "similarity": {"generated audio": {"gt-text": -n, "gt-audio": 0}}}
+             for n, (model, changes) in enumerate([(None, {}), *points])]
+    Path("s.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn, savefig = [], figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda f, *a, **k: drawn.append(f) or savefig(f, *a, **k))
+    evaluate.main(["plot", "s.jsonl"])
+    assert all(Path(f"s-figure-{n}.png").stat().st_size > 5_000 for n in (2, 3))
+    curves = [[(line.get_label(), line.get_xydata().tolist()) for line in ax.get_lines()]
+              for figure in drawn for ax in figure.axes]
+    assert curves == [
+        [("generator: CFG scale", [[1, -1], [2, -2], [3, -3]]),
+         ("generator: step schedule", [[4, -4], [5, -5]])],
+        [("vocoder: steps", [[60, 6], [70, 7]])], [("vocoder: steps", [[60, -6], [70, -7]])]]
+    marks = [[text.get_text() for text in ax.texts] for figure in drawn for ax in figure.axes]
+    assert marks == [["1", "2", "5", "U", "B"], ["2", "4"], ["2", "4"]]
+
+
+# ---- listen.py, Table 7 ----
+
+
+def test_a_page_to_listen_to_holds_all_of_it(toy, capfd):
+    """The excerpts of each source and the prompts, and no address of anything else."""
+    Path("out").mkdir()
+    for n, hz in enumerate((400, 500)):
+        write_tones(f"out/000{n}.wav", hz, rate=16_000), write_tones(f"music/{n}.wav", hz + 100)
+        Path(f"out/000{n}.json").write_text(json.dumps({"prompt": f"</script> {hz}"}))
+    listen.main(["music", "out", "--excerpt", "2"])
+    assert "listen.html: 2 prompts, 2 pairs" in capfd.readouterr().out
+    html = Path("listen.html").read_text()
+    assert html.count("</script>") == 1 and not re.search(r"https?:|src=|href=|@import|url\(", html)
+    page = json.loads(re.search(r"^const .* = ({.*})  //", html, re.M)[1])
+    assert page["sources"] == ["music", "out"]
+    assert page["prompts"] == ["</script> 400", "</script> 500"]
+    kind, flac = page["clips"][1][0].split(",")
+    audio, rate = soundfile.read(io.BytesIO(base64.b64decode(flac)))
+    assert kind == "data:audio/flac;base64" and rate == 16_000
+    close(audio, evaluate.excerpt(train.Track(Path("out/0000.wav")), 2), atol=1e-4)
+
+
+def test_wins_are_counted_as_table_7_counts_them(toy, capfd):
+    """Of both files. Nobody wins where neither is better."""
+    for name, rows in {"ann": [("x", "y", -2), ("y", "z", 0)], "bob": [("y", "x", 1)]}.items():
+        answers = [{"prompt": "p", "a": a, "b": b, "score": score} for a, b, score in rows]
+        Path(f"{name}.json").write_text(json.dumps({"answers": answers}))
+    evaluate.main(["listen", "ann.json", "bob.json"])
+    *rows, paper = capfd.readouterr().out.splitlines()
+    assert [row.split() for row in rows] == [
+        [name, str(n), "wins", "in", str(of), "comparisons"]
+        for name, n, of in [("x", 2, 2), ("y", 0, 3), ("z", 0, 1)]]
+    assert "MusicCaps 959" in paper and sum(listen.TABLE_7.values()) == 2931
+
+
 PESTO = """
 import numpy as np, pesto, torch
 
@@ -510,6 +767,32 @@ def test_an_embedder_that_knows_pitch_labels_and_evaluates_by_pitch(toy, monkeyp
     sys.modules.pop("pitch")
 
 
+# ---- Every table and figure of the paper ----
+
+
+def test_every_table_and_figure_of_the_paper_is_here():
+    """Tables as data, with the rows that are printed, but for the texts of Table 1, which are not
+    public: what makes such is here. Figures as what they depict, or what draws them."""
+    rows = {2: 5, 3: 5, 4: 5, 5: 9, 6: 15, 7: 5, 8: 14, 9: 9}
+    tables = {5: evaluate.TABLE_5, 6: evaluate.TABLE_6, 7: listen.TABLE_7}
+    for n in rows:
+        table = tables.get(n) or getattr(n2m, f"TABLE_{n}")
+        parts = [len(part) for part in table.values() if isinstance(part, dict)]
+        beyond = {"in_channels", "out_channels", "aligned_channels"}  # of Table 9, from the text
+        assert (sum(parts) or len(table.keys() - beyond)) == rows[n], f"Table {n}"
+    figures = {1: n2m.unet, 2: evaluate.plot, 3: evaluate.plot, 5: n2m.block}
+    citing = {"Table 1": corpora.raters, "Table 7": listen.wins,
+              **{f"Fig {n}": function for n, function in figures.items()}}
+    for name, function in citing.items():
+        assert name in test_noise2music.cited(function.__doc__), name
+    assert (root / "demo/pictures/steps.png").is_file()  # Fig. 4, by demo/pictures.py
+    here = {}
+    for paper, place in test_noise2music.table_after("Read it beside the paper"):
+        here |= dict.fromkeys(test_noise2music.cited(paper), place)
+    for name in [f"Table {n}" for n in range(1, 10)] + [f"Fig {n}" for n in range(1, 6)]:
+        assert not here[name].startswith("not here"), name
+
+
 # ---- What they refuse, in one line ----
 
 ARRAYS = {  # each in a .npy, beside a vocabulary of three captions of the same name
@@ -547,7 +830,26 @@ REFUSALS = [(script, f"{start} {argv}", words) for script, start, rows in [
         "--text-embedder ok.npy": "--text-embedder is a function"}),
     ("label", "music", {"": "give a --vocabulary, or --high-quality",
                         "--vocabulary long ok.txt": "--vocabulary needs an --audio-embedder"}),
+    ("label", "vocabulary", {
+        "": "vocabulary --help", "raters a b": "raters takes a file", "songs csv.csv": "SONGS.csv TEMPL",
+        "raters csv.csv": "csv.csv: lacks aspect_list, caption; give the file as its makers publish",
+        "raters aspects.csv": "aspects.csv: row 1: aspect_list is not a list of tags",
+        "songs csv.csv words.txt": "words.txt: says nowhere {title}", "raters zero.npy": "no rows in it",
+        "answers words.txt": "words.txt:1: not a JSON object with title, artist, answer",
+        "answers told/captions.jsonl": "captions.jsonl:1: not a JSON object"}),
+    ("label", "audioset music", {
+        "csv.csv": "class_labels_indices.csv", "bad/csv.csv": "csv.csv:1: not a YouTube id, a start"}),
+    ("evaluate", "prompts", {"mtat csv.csv": "csv.csv: lacks clip_id, mp3_path;", "": "prompts --help",
+                             "mtat mtat.csv --clips music": "music: holds none of the 1 clips",
+                             "audioset bad/csv.csv --clips absent": "absent: no such folder"}),
     ("evaluate", "", {"": "command", "score": "'score'"}),
+    ("evaluate", "tables musiccaps", {
+        "told music --embedder VGG": "VGG.npy: No such file", "told music": "--embedder",
+        "told music --embedder VGG=toy:absent": "no attribute 'absent'"}),
+    ("evaluate", "plot", {"words.txt": "words.txt:1: not a JSON object", "zero.npy": "no points of a sw"}),
+    ("listen", "", {
+        "music": "give two folders or more", "told music told": "each once",
+        "told bad": "hold [2, 1] clips", "csv.json": "csv.json: not what the page saves", "absent told": "absent: no such folder"}),
     ("evaluate", "scores", {
         "wide.npy x.npy": "the generated embeddings are 3 wide, the reference's 4",
         "nan.npy x.npy": "not all of them numbers",
@@ -592,7 +894,13 @@ def test_tools_refuse_in_one_line(toy, runs, capfd, script, argv, words):
     vocabulary("words.txt", 1, 2, 3), Path("gap.txt").write_text("a\n\nc\n")
     np.savez("both.npz", np.ones(2), np.ones(2)), Path("text.npz").write_text("text")
     zipfile.ZipFile("member.npz", "w").writestr("readme.txt", "text")
-    main = {"label": label, "evaluate": evaluate, "plan": plan, "export": export}[script].main
+    for name, content in {"csv": "title,artist\n", "bad/csv": "", "aspects": "caption,aspect_list\n",
+                          "bad/class_labels_indices": "mid,display_name\n",
+                          "mtat": "clip_id\ttag\tmp3_path\n2\t1\ta.mp3\n"}.items():
+        Path(f"{name}.csv").write_text(content + ("x,y\n" if "mtat" not in name else ""))
+    Path("csv.json").write_text("{}")
+    main = {"label": label, "evaluate": evaluate, "listen": listen, "plan": plan,
+            "export": export}[script].main
     err = exits(capfd, main, *shlex.split(argv))
     said = [line for line in err.splitlines() if "embedded: " not in line]  # beside the progress
     assert words in err and len(said) == 1

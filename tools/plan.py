@@ -1,12 +1,14 @@
-"""What a TPU that is not here would need, by its own compiler (Secs. 4.1 and 4.2.2).
+"""Table 4: on the devices that are here, or on a TPU that is not, by its compiler (Sec. 4.2.2).
 
-    pip install "jax[tpu]"                                    # brings the compiler
+    python tools/plan.py --here                               # measured; eight minutes on a GPU
+    pip install "jax[tpu]"                                    # brings the compiler for the rest
     python tools/plan.py v4:2x2x1                             # Table 4: a step of each model
     python tools/plan.py v4:2x2x1 --only spectrogram_vocoder
     python tools/plan.py v4:4x4x4 --train waveform_generator --batch-size 2048
 
-Compiles the programs that sample.py and train.py run. Their time is an estimate from the compiler's
-own counts: the larger of arithmetic and memory traffic at the chip's peak rates, then collectives.
+Compiles the programs that sample.py and train.py run. For a TPU, their time is an estimate from the
+compiler's own counts: the larger of arithmetic and memory traffic at the chip's peak rates, then
+collectives. With --here it is the median of 20 runs, beside what a large matrix product reaches.
 """
 
 import functools
@@ -21,6 +23,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -87,7 +90,7 @@ def text_condition(model: n2m.Model, rows: int) -> n2m.Condition:
     if not n2m.uses_text(model):
         return n2m.Condition()
     L, E = model.training.token_length, model.unet.text_width
-    return n2m.Condition(text=array(rows, L, E), text_mask=array(rows, L, dtype=bool))
+    return n2m.Condition(text=jnp.zeros((rows, L, E)), text_mask=jnp.ones((rows, L), bool))
 
 
 def collectives(hlo: str) -> tuple[dict, int]:
@@ -126,23 +129,29 @@ def plan(name: str, lowered, params: float, chip: Chip, repeat: int = 1, beside:
 
 # ---- Sampling (Sec. 4.2.2) ----
 
-def lower_step(model: n2m.Model, mesh, num: int, seconds: float):
-    """One denoising step of `num` clips, with guidance, clipping and noise: a chunk of `sample`."""
+def step_inputs(model: n2m.Model, num: int, seconds: float):
+    """(params, x_t, condition, keys) of a denoising step of `num` clips."""
     cfg = model.unet
-    previous = array(num, round(seconds * (model.low_rate or n2m.MEL_RATE)))
-    if cfg.aligned_channels:
-        previous = jax.eval_shape(n2m.log_mel, previous)
-    condition = jax.eval_shape(lambda given, previous: n2m.sampling_condition(
-        model, given, previous, seconds), text_condition(model, num), previous)
-    x_t = array(num, n2m.padded_length(cfg, round(seconds * model.rate)), cfg.out_channels)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num))
-    x_t, condition, keys = across(mesh, (x_t, condition, keys))
-    params = jax.eval_shape(lambda: n2m.init_params(jax.random.key(0), cfg))
-    params = jax.tree.map(lambda p: array(*p.shape, dtype=jnp.bfloat16), params)  # as with --bf16
+    previous = jnp.zeros((num, round(seconds * (model.low_rate or n2m.MEL_RATE))))
+    previous = n2m.log_mel(previous) if cfg.aligned_channels else previous
+    given = text_condition(model, num)
+    condition = n2m.sampling_condition(model, given, previous, seconds)
+    x_t = jnp.zeros((num, n2m.padded_length(cfg, round(seconds * model.rate)), cfg.out_channels))
+    params = n2m.init_params(jax.random.key(0), cfg)
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)  # as with --bf16
+    return params, x_t, condition, jax.random.split(jax.random.key(0), num)
+
+
+def lower_step(model: n2m.Model, mesh, num: int, seconds: float):
+    """One denoising step, with guidance, clipping and noise: a chunk of `sample`. And its inputs,
+    as arrays that are not there."""
+    params, *rest = jax.eval_shape(functools.partial(step_inputs, model, num, seconds))
+    inputs = laid_out(params, n2m.shardings(model.unet, mesh)), *across(mesh, tuple(rest))
+    params, x_t, condition, keys = inputs
     updates = n2m.Update(*[array(1)] * len(n2m.Update._fields))
     with jax.set_mesh(mesh):
-        return n2m._sample_chunk.lower(laid_out(params, n2m.shardings(cfg, mesh)), model, x_t,
-                                       condition, keys, 1, updates)
+        lowered = n2m._sample_chunk.lower(params, model, x_t, condition, keys, 1, updates)
+    return lowered, inputs
 
 
 def plan_sampling(args):
@@ -155,8 +164,61 @@ def plan_sampling(args):
         if args.only in (None, name):
             model = replace(model, unet=replace(model.unet, dtype="bfloat16"))
             beside = f"; Table 4: {n2m.TABLE_4[name]} ms" if name in n2m.TABLE_4 else ""
-            plan(name, lower_step(model, mesh, args.num, seconds), n2m.param_count(model), chip,
-                 beside=beside)
+            lowered, _ = lower_step(model, mesh, args.num, seconds)
+            plan(name, lowered, n2m.param_count(model), chip, beside=beside)
+
+
+def seconds_of(run, times=20) -> float:
+    """The median of some runs, after one that warms up. `run` returns what must be waited for."""
+    took = []
+    for _ in range(times + 1):
+        begin = time.perf_counter()
+        jax.block_until_ready(run())
+        took.append(time.perf_counter() - begin)
+    return float(np.median(took[1:]))
+
+
+def product_rate(device, n: int) -> float:
+    """The operations a second of a bfloat16 matrix product (n, n) x (n, n) on one device."""
+    a = jax.device_put(jnp.ones((n, n), jnp.bfloat16), device)
+    product = jax.jit(lambda a: a @ a)
+    return 2 * n**3 / seconds_of(lambda: product(a))
+
+
+def measure_here(args):
+    """Table 4 on the devices that are here: each model, the median of 20 steps of it."""
+    device, seconds = jax.devices()[0], args.seconds or 30.0
+    check(device.platform != "cpu" or args.tiny, "--here: no accelerator is here, and the "
+          "models of Table 4 take minutes a step without; --tiny measures the small ones")
+    mesh = serving_mesh(args.num, args.model_parallel)
+    rate = product_rate(device, 1024 if args.tiny else 8192) * mesh.size
+    print(f"a denoising step of {args.num} clips of {seconds:g} s in bfloat16, on {mesh.size} x "
+          f"{device.device_kind}, where a matrix product reaches {rate / 1e12:.1f} TFLOP/s\n"
+          f"{'model':25s} {'step':>10s} {'of the product':>15s} {'memory':>10s} compiled in")
+    for name, model in n2m.MODELS.items():
+        if args.only not in (None, name):
+            continue
+        model = n2m.tiny(model) if args.tiny else model
+        model = replace(model, unet=replace(model.unet, dtype="bfloat16"))
+        lowered, inputs = lower_step(model, mesh, args.num, seconds)
+        begin = time.monotonic()
+        compiled, took = lowered.compile(), time.monotonic() - begin
+        layout = jax.tree.map(lambda a: a.sharding, inputs)
+        make = functools.partial(step_inputs, model, args.num, seconds)
+        params, x_t, condition, keys = jax.jit(make, out_shardings=layout)()
+        updates = n2m.Update(*jnp.full((len(n2m.Update._fields), 1), 0.5))
+
+        def step():
+            nonlocal x_t  # whose memory each step takes over
+            x_t = compiled(params, x_t, condition, keys, 1, updates)
+            return x_t
+
+        ms = 1e3 * seconds_of(step)
+        share = lowered.cost_analysis()["flops"] / (ms / 1e3) / rate
+        used = compiled.memory_analysis().temp_size_in_bytes
+        beside = f"   Table 4: {n2m.TABLE_4[name]} ms" if name in n2m.TABLE_4 else ""
+        print(f"{name:25s} {ms:7.1f} ms {100 * share:13.0f} % {used / 2**30:6.2f} GiB "
+              f"{took:10.0f} s{'' if args.tiny else beside}", flush=True)
 
 
 # ---- Training (Sec. 4.1) ----
@@ -173,7 +235,8 @@ def plan_training(args):
     check(c.batch_size % parts == 0,
           f"--accumulate {parts} does not divide the batch of {c.batch_size}")
     audio = array(c.batch_size // parts, round(c.seconds * model.audio_rate))
-    batch = across(mesh, n2m.Batch(audio, text_condition(model, audio.shape[0])))
+    condition = jax.eval_shape(functools.partial(text_condition, model, audio.shape[0]))
+    batch = across(mesh, n2m.Batch(audio, condition))
     state = laid_out(jax.eval_shape(functools.partial(init_state, model, 0)),
                      state_layout(model, mesh))
     print(f"a training step, as `train.py {args.train} --batch-size {c.batch_size} --seconds "
@@ -194,7 +257,10 @@ def plan_training(args):
 def parse_args(argv=None):
     parser = new_parser("plan.py", __doc__)
     add, count = parser.add_argument, number(int, 1)
-    add("topology", metavar="TPU", help="such as v4:2x2x1")
+    where = parser.add_mutually_exclusive_group(required=True).add_argument
+    where("topology", nargs="?", metavar="TPU", help="such as v4:2x2x1")
+    where("--here", action="store_true", help="measure on the devices of this machine instead")
+    add("--tiny", action="store_true", help="with --here, the small models")
     add("--only", choices=tuple(n2m.MODELS), metavar="MODEL", help="one row of Table 4")
     add("--train", choices=tuple(n2m.MODELS), metavar="MODEL", help="a training step, not Table 4")
     add("--model-parallel", type=count, default=1, metavar="N",
@@ -205,12 +271,17 @@ def parse_args(argv=None):
     add("--batch-size", type=count, metavar="N", help="of --train (default: the paper's)")
     add("--accumulate", type=count, metavar="N",
         help="parts of a batch (default: as few as leave a device 8 clips)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.here and args.train or args.tiny and not args.here:
+        parser.error("--here measures a step of sampling, with --tiny of the small models; --train "
+                     "is planned for a TPU that is not here")
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    run_command(plan_training if args.train else plan_sampling, args)
+    command = plan_training if args.train else measure_here if args.here else plan_sampling
+    run_command(command, args)
 
 
 if __name__ == "__main__":

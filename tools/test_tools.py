@@ -91,6 +91,19 @@ def test_the_tpu_compiler_accepts_a_step_of_sampling_and_of_training(capsys, mon
     assert update.startswith("update ") and "for the 840000 steps" in total
 
 
+def test_a_step_is_measured_here(capsys):
+    """On the devices of this machine; the models of the paper only where they are fast."""
+    plan.main("--here --tiny --num 1 --seconds 0.05 --only superresolution_cascader".split())
+    header, _, row = capsys.readouterr().out.splitlines()
+    assert "of 1 clips of 0.05 s" in header and "TFLOP/s" in header
+    ms, share = re.fullmatch(r"superresolution_cascader +(\S+) ms +(\d+) % .* s", row).groups()
+    assert float(ms) > 0 and int(share) > 0
+    if plan.jax.devices()[0].platform == "cpu":
+        with pytest.raises(SystemExit):
+            plan.main(["--here"])
+        assert "no accelerator is here" in capsys.readouterr().err
+
+
 # ---- label.py, Secs. 3.5 and 3.6 ----
 
 TOY = """

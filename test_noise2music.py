@@ -16,7 +16,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import types
 import zlib
@@ -25,8 +24,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-cache = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name  # shared with the processes that tests start
+# Compiling takes nine tenths of the time: each program once (see `compiled`), and not optimised.
+os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+               "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,16 @@ from t5_encoder import (T5, T5Config, count_tokens, encode, load_t5, position_bu
                         read_safetensors, save_t5, tokenize, write_safetensors)
 
 reference = pytest.mark.reference  # needs the extra "reference"; skipped, with a reason, without it
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory):
+    """What is compiled is kept, for other workers and for the processes that tests start."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+
 
 # ---- noise2music.py: helpers ----
 
@@ -73,7 +83,7 @@ def small_unet(**changes):
 
 
 NO_TEXT = dict(self_attention=(False, False), cross_attention=(False, False), attention_heads=0)
-T, L = 6 * 7, 11  # 7 frames at the bottom, 11 tokens
+T, L = 6 * 14, 11  # 14 frames at the bottom, 11 tokens
 
 
 def small_model(name="waveform_cascader", **changes):
@@ -255,7 +265,8 @@ def exact_sampler(name):
         x_1 = n2m.clip_noise(keys, 0, (4_000, 1))
         return n2m.ancestral_scan(eps_fn, x_1, keys, 1, updates)
 
-    return jax.jit(run)
+    optimised = {"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}
+    return jax.jit(run, compiler_options=optimised)  # this one takes longer to run
 
 
 def gaussian_through_eq_4(name, times, sampler, gamma, mu, std):
@@ -416,10 +427,10 @@ def torch_unet(torch, p, cfg, x_t, t, c, text_on):
 
 
 UNETS = {  # the last has strides of 1, and at the bottom fewer frames than taps
-    "text and low_fi": small_unet(),
+    "text and low_fi": small_unet(blocks=(2, 1)),
     "aligned": small_unet(in_channels=1, aligned_channels=5, strides=(2, 3), blocks=(1, 1),
                           **NO_TEXT),
-    "low_fi": small_unet(strides=(1, 6), channels=(1, 3), blocks=(2, 1), kernel_size=9, **NO_TEXT),
+    "low_fi": small_unet(strides=(1, 6), channels=(1, 3), blocks=(1, 1), kernel_size=15, **NO_TEXT),
 }
 each_unet = pytest.mark.parametrize("kind", UNETS)
 
@@ -477,8 +488,8 @@ def test_unet_against_torch(kind):
 
 @pytest.mark.parametrize("kind, pieces", [("text and low_fi", 7), ("aligned", 2), ("low_fi", 2)])
 def test_remat_and_pieces_change_nothing(kind, pieces):
-    """14 frames at the bottom; values and gradients. Two of the three recompute their blocks."""
-    cfg, case = UNETS[kind], unet_case(UNETS[kind], t=84)
+    """Values and gradients. Two of the three recompute their blocks."""
+    cfg, case = UNETS[kind], unet_case(UNETS[kind])
     remat = replace(cfg, remat=pieces == 2)
     other = value_and_gradients(remat, *case, pieces=pieces)
     all_close_relative(other, value_and_gradients(cfg, *case))
@@ -825,16 +836,19 @@ def test_velocity_weight_is_the_loss_in_v_up_to_its_bound():
 
 # ---- noise2music.py: both routes ----
 
+TWO_STRIDES = dict(zip(NAMES, [(4, 8), (4, 4), (2, 3), (16, 10), (4, 4)]))
+
+
 @functools.cache
 def small_weights():
     """All five models, two depths each, random parameters, three steps."""
-    weights, strides = {}, [(4, 8), (4, 4), (2, 3), (16, 10), (4, 4)]
+    weights = {}
     on = dict(self_attention=(False, True), cross_attention=(False, True))
     for seed, (name, model) in enumerate(n2m.MODELS.items()):
         fields = ("in_channels", "out_channels", "aligned_channels")
         fields = {field: getattr(model.unet, field) for field in fields}
         text = on if n2m.uses_text(model) else NO_TEXT
-        unet = small_unet(strides=strides[seed], blocks=(1, 1), **text, **fields)
+        unet = small_unet(strides=TWO_STRIDES[name], blocks=(1, 1), **text, **fields)
         model = replace(model, unet=unet, inference=replace(model.inference, steps=3))
         weights[name] = model, random_params(unet, seed)
     return weights
@@ -1535,10 +1549,12 @@ ROOT = Path(__file__).parent
 def small(name, **training):
     """A model on the code path of all the others, small enough to compile and train in a test."""
     model = tiny(n2m.MODELS[name])
-    unet = replace(model.unet, base_dimension=8, head_width=4, text_width=64,
-                   attention_heads=2 * (model.unet.attention_heads > 0))
+    text = n2m.uses_text(model)
+    unet = replace(model.unet, base_dimension=8, depth=2, strides=TWO_STRIDES[name],
+                   channels=(1, 2), blocks=(1, 1), self_attention=(False, text),
+                   cross_attention=(False, text), attention_heads=2 * text, head_width=4)
     return replace(model, unet=unet, inference=replace(model.inference, steps=3),
-                   training=replace(model.training, **training))
+                   training=replace(model.training, **dict(seconds=0.32) | training))
 
 
 @pytest.fixture
@@ -2076,10 +2092,14 @@ def test_the_models_in_demo():
 
 # ---- sharding and several processes ----
 
+ONE_DEPTH = dict(base_dimension=16, groups=8, depth=1, channels=(2,), blocks=(1,))
 SHARDED = {  # every width, head and group divides by 8
-    "waveform_cascader": small_unet(base_dimension=16, attention_heads=8, groups=8, blocks=(1, 1)),
-    "spectrogram_vocoder": small_unet(base_dimension=16, groups=8, blocks=(1, 1), strides=(8, 20),
-                                      in_channels=1, aligned_channels=80, **NO_TEXT),
+    "waveform_cascader": small_unet(
+        **ONE_DEPTH, strides=(6,), self_attention=(True,), cross_attention=(True,),
+        attention_heads=8),
+    "spectrogram_vocoder": small_unet(
+        **ONE_DEPTH, strides=(160,), self_attention=(False,), cross_attention=(False,),
+        attention_heads=0, in_channels=1, aligned_channels=80),
 }
 
 

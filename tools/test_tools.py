@@ -32,7 +32,7 @@ import plan
 import sample
 import train
 
-data, runs = test_noise2music.data, test_noise2music.runs  # fixtures
+compiled, data, runs = test_noise2music.compiled, test_noise2music.data, test_noise2music.runs
 
 # ---- demo/export.py ----
 

@@ -37,7 +37,7 @@ import plan
 import sample
 import train
 
-data, runs = test_noise2music.data, test_noise2music.runs  # fixtures
+compiled, data, runs = test_noise2music.compiled, test_noise2music.data, test_noise2music.runs
 
 # ---- demo/export.py ----
 
@@ -45,7 +45,7 @@ data, runs = test_noise2music.data, test_noise2music.runs  # fixtures
 def test_exported_averages_sample_and_begin_another_run(tmp_path, data, monkeypatch, capfd):
     """The averages, as bfloat16, and the T5, from where they were moved to. `sample.py` remarks on
     words that are new to them."""
-    name, unet = "waveform_generator", small_unet(in_channels=1)
+    name, unet = "waveform_generator", small_unet(in_channels=1, blocks=(1, 1))
     monkeypatch.setattr(n2m, "tiny", lambda model: replace(small(model.name), unet=unet))
     monkeypatch.setitem(n2m.ROUTES, "short", (name,))
     common = [name, "--data", data, "--batch-size", 2, "--seconds", 0.64]

@@ -16,13 +16,14 @@ run goes on where the first was interrupted. Several devices share the clips of 
 --model-parallel the matrices of the network.
 """
 
+import io
 import json
 import math
-import signal
 import sys
 import time
+import zlib
 from dataclasses import asdict, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,14 +33,15 @@ import numpy as np
 
 import noise2music as n2m
 import t5_encoder
-from t5_encoder import check
-from train import (fail, load_model, new_parser, number, parse_caption, run_command, warn,
-                   words_of, write_wav)
+from t5_encoder import check, own_part, parse_json, read_lines, whole_file
+from train import (load_model, new_parser, number, parse_caption, run_command, warn, words_of,
+                   write_wav)
 
 DEMO = Path(__file__).parent / "demo"
 SECONDS, MAX_SECONDS = 10, 600
 MAX_SEED = 2**62  # --seed + n of any line n fits 64 bits
 LENGTH = number(float, 0.1, MAX_SECONDS)
+LENGTHS = 4  # whose programs are kept at once
 OVERRIDES = {  # fields of InferenceConfig (Table 3) that have an option each
     "steps": ("--steps", number(int, 1, 100_000), "N", "denoising steps (Table 8 resampled)"),
     "step_schedule": ("--schedule", str, "NAME", "front_heavy, back_heavy or uniform (Table 8)"),
@@ -80,13 +82,15 @@ def per_stage(args, stages: list[str]) -> list[dict]:
 
 
 def load_weights(args, stages: list[str], mesh):
-    """({name: (Model, params)}, text encoder, words) for the stages of a route.
+    """({name: (Model, params)}, text encoder, words, identity) for the stages of a route.
 
     `words` are all that the captions of the first model's data had, or None where they were many.
+    `identity` tells these parameters and this encoder from any others.
     """
-    weights, reads_text = {}, {}
+    weights, reads_text, identity = {}, {}, {}
     for name, changes in zip(stages, per_stage(args, stages)):
         model, params, metadata = load_model(args.models, name, args.raw)
+        identity[name] = f"{crc32(*jax.tree.leaves(params)):08x}"
         model = override(model, args.bf16, changes)
         if args.bf16:  # once, not at every step
             params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
@@ -100,7 +104,11 @@ def load_weights(args, stages: list[str], mesh):
     for name, metadata in reads_text.items():
         check(metadata["t5_fingerprint"] == text_encoder.fingerprint,
               f"{folder}: not the T5 encoder that {name} was trained with; name that one with --t5")
-    return weights, text_encoder, first.get("words")
+    return weights, text_encoder, first.get("words"), identity | {"t5": text_encoder.fingerprint}
+
+
+def crc32(*arrays) -> int:
+    return reduce(lambda crc, array: zlib.crc32(np.ascontiguousarray(array), crc), arrays, 0)
 
 
 # ---- Prompts ----
@@ -136,11 +144,11 @@ def caption_of(track) -> str:
 def read_prompts(path: Path) -> list[dict]:
     """{"prompt": ...} and, where it is named, "seed" and "seconds" of each line of --prompts."""
     jobs = []
-    for n, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+    for n, line in enumerate(read_lines(path), 1):
         job = {"prompt": line.strip()}
         try:
             if line.lstrip().startswith("{"):
-                job = json.loads(line)
+                job = parse_json(line)
             if "audio" in job:
                 job = {"prompt": caption_of(parse_caption(path.parent, line, needs_text=True))}
             check("prompt" in job and job.keys() <= {"prompt", "seed", "seconds"},
@@ -149,8 +157,9 @@ def read_prompts(path: Path) -> list[dict]:
             check(type(seed) is int and abs(seed) <= MAX_SEED and type(seconds) in (int, float)
                   and 0.1 <= seconds <= MAX_SECONDS, '"seed" is no whole number of 62 bits, or '
                   f'"seconds" no number from 0.1 to {MAX_SECONDS}')
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{n}: {error}; a line is a prompt or a JSON object") from None
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}:{n}: {error!s:.300}; a line is a prompt or a JSON "
+                             "object") from None
         if job["prompt"]:
             jobs.append(job)
     check(jobs, f"{path}: no prompt in it; write one a line")
@@ -197,7 +206,7 @@ def check_writable(out: Path):
     check(not out.is_dir(), f"{out}: is a folder; -o takes the name of a file")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        (probe := out.with_name(out.name + ".part")).touch()
+        (probe := own_part(out)).touch()
         probe.unlink()
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror}); try another -o") from None
@@ -208,48 +217,55 @@ def write_stages(outputs, weights, i: int, path: Path):
     for name, x in outputs.items():
         model, stage = weights[name][0], path.with_name(f"{path.stem}.{name}.wav")
         if n2m.writes_log_mel(model):
-            np.save(stage.with_suffix(".npy"), np.asarray(x[i]))
+            np.save(array := io.BytesIO(), np.asarray(x[i]))
+            with whole_file(stage.with_suffix(".npy")) as file:
+                file.write(array.getbuffer())
             write_wav(stage, np.asarray(n2m.griffin_lim(x[i : i + 1])[0]), n2m.MEL_RATE)
         else:
             write_wav(stage, np.asarray(x[i]), model.rate)
 
 
-def settings_of(args, weights, job: Job, clip: int) -> dict:
+def settings_of(args, weights, identity: dict, job: Job, clip: int) -> dict:
     """All that a clip depends on."""
     stages = {name: asdict(model.inference) for name, (model, _) in weights.items()}
     return {"prompt": job.prompt, "seed": job.seed, "clip": clip, "seconds": job.seconds,
             "route": args.route, "models": str(args.models), "t5": args.t5, "raw": args.raw,
-            "bf16": args.bf16, "stages": stages}
+            "bf16": args.bf16, "stages": stages, "crc32": identity}
 
 
-def finished(args, weights, job: Job) -> bool:
+def finished(args, weights, identity: dict, job: Job) -> bool:
     """Whether these very clips are there already."""
     try:
-        return all(path.is_file() and json.loads(path.with_suffix(".json").read_text()).items()
-                   >= settings_of(args, weights, job, clip).items()
-                   for clip, path in enumerate(clip_paths(job.out, args.num)))
-    except (OSError, ValueError, AttributeError):
+        found = [(parse_json(path.with_suffix(".json").read_bytes()), path.read_bytes())
+                 for path in clip_paths(job.out, args.num)]
+        return all(settings.items() >= settings_of(args, weights, identity, job, clip).items()
+                   and settings["wav_crc32"] == zlib.crc32(wav)
+                   for clip, (settings, wav) in enumerate(found))
+    except (OSError, ValueError, LookupError, AttributeError):
         return False
 
 
-def run_job(args, weights, text_encoder, mesh, job: Job):
+def run_job(args, weights, text_encoder, identity: dict, mesh, job: Job):
     """`args.num` clips of a prompt: wav and json, the json last, to stand for a finished clip."""
     begin = time.monotonic()
     with jax.set_mesh(mesh):
         outputs = n2m.generate([job.prompt] * args.num, weights, partial(encode, text_encoder),
                                args.route, job.seconds, job.seed, superres=not args.no_superres,
                                progress=progress_printer())
-    name, audio = list(outputs.items())[-1]
-    rate, audio = weights[name][0].rate, np.asarray(audio)
+    for name, x in outputs.items():
+        check(np.isfinite(x).all(), f"{name}: sampled values that are not finite; try --raw, "
+              "another --cfg-scale, or train longer")
+    rate, audio = weights[name][0].rate, np.asarray(x)
     took = {"rate": rate, "sampled_in": round(time.monotonic() - begin, 3)}
-    check(np.isfinite(audio).all(), f"{name}: sampled values that are not finite; try --raw, "
-          "another --cfg-scale, or train longer")
     for i, path in enumerate(clip_paths(job.out, args.num)):
+        (settings_path := path.with_suffix(".json")).unlink(missing_ok=True)  # of another wav
         if args.keep_stages:
             write_stages(outputs, weights, i, path)
         write_wav(path, audio[i], rate)
-        settings = settings_of(args, weights, job, i) | took
-        path.with_suffix(".json").write_text(json.dumps(settings, indent=1) + "\n")
+        settings = settings_of(args, weights, identity, job, i) | took
+        with whole_file(settings_path) as file:
+            settings |= {"wav_crc32": zlib.crc32(path.read_bytes())}
+            file.write(json.dumps(settings, indent=1).encode() + b"\n")
         level = 10 * math.log10(max(float(np.mean(audio[i] ** 2)), 1e-18))
         print(f"{path}  {job.seconds:g} s at {rate} Hz, {level:.0f} dBFS, seed {job.seed} clip {i}",
               flush=True)
@@ -309,7 +325,7 @@ def run(args):
     entries = read_prompts(args.prompts) if args.prompts else [{"prompt": args.prompt}]
     mesh = serving_mesh(args.num, args.model_parallel)
     stages = stages_of(args.route, not args.no_superres)
-    weights, text_encoder, words = load_weights(args, stages, mesh)
+    weights, text_encoder, words, identity = load_weights(args, stages, mesh)
     models, jobs = [model for model, _ in weights.values()], []
     token_length = next(m.training.token_length for m in models if n2m.uses_text(m))
     for i, entry in enumerate(entries):
@@ -325,16 +341,20 @@ def run(args):
     print(f"{args.route} route on {mesh.size} x {jax.devices()[0].device_kind}: " + ", ".join(
         f"{name} {n2m.param_count(model) / 1e6:.1f} M" for name, (model, _) in weights.items()),
         file=sys.stderr)
+    compiled = set()
     for i, job in enumerate(jobs, 1):
-        if args.prompts and finished(args, weights, job):
+        if args.prompts and finished(args, weights, identity, job):
             print(f"{job.out}: there already")
             continue
         print(f"[{i}/{len(jobs)}] {job.prompt}", file=sys.stderr)
-        run_job(args, weights, text_encoder, mesh, job)
+        if len(compiled | {job.seconds}) > LENGTHS:  # programs of other lengths fill the memory
+            jax.clear_caches()
+            compiled.clear()
+        compiled.add(job.seconds)
+        run_job(args, weights, text_encoder, identity, mesh, job)
 
 
 def main(argv=None):
-    signal.signal(signal.SIGINT, lambda *_: fail("interrupted", status=130))
     run_command(run, parse_args(argv))
 
 

@@ -18,7 +18,11 @@ import io
 import json
 import math
 import os
+import platform
+import shutil
+import stat
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -175,14 +179,18 @@ def encode(t5, texts, length):
 
 
 def fingerprint(t5):
-    """The CRC-32 of the vocabulary and of the smaller parameters: enough, and quick for XL too."""
-    crc = zlib.crc32(t5.tokenizer.serialized_model_proto())
+    """The CRC-32 of the vocabulary, of the smaller parameters (enough, and quick for XL too) and of
+    what config.json says that is neither a default nor seen in the shapes of the parameters."""
+    names = "relative_attention_max_distance", "layer_norm_epsilon"
+    said = {k: v for k in names if (v := getattr(t5.config, k)) != getattr(T5Config, k)}
+    crc = zlib.crc32(repr(said).encode() if said else b"")
+    crc = zlib.crc32(t5.tokenizer.serialized_model_proto(), crc)
     for array in jax.tree.leaves(t5.params):  # in the order of their names
         crc = zlib.crc32(np.asarray(array), crc) if array.size < 2**22 else crc
     return f"{crc:08x}"
 
 
-# ---- folders in the Hugging Face layout ----
+# ---- files: what is read is doubted, what is written is whole ----
 
 def check(ok, complaint):
     if not ok:
@@ -198,19 +206,97 @@ def reading(path):
         raise ValueError(f"{path}: {e!s:.300}; copy, download or write this file again") from None
 
 
+def regular(path):
+    """The Path, unless it is a device or a pipe, which may never end."""
+    check(stat.S_ISREG(os.stat(path).st_mode), f"{path}: is no regular file; name one")
+    return Path(path)
+
+
+def read_lines(path):
+    """The lines of a file in UTF-8, with or without a byte order mark. They end in a newline and in
+    nothing else: a caption may hold U+2028."""
+    data, lines = regular(path).read_bytes(), []
+    utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    data = data.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n")
+    for number, line in enumerate(data.split(b"\n"), 1):
+        try:
+            lines.append(line.removesuffix(b"\r").decode())
+            check(b"\0" not in line, "as UTF-16 has it")
+        except ValueError:
+            seems = "UTF-16" if utf16 or b"\0" in line else "Latin-1"
+            raise ValueError(f"{path}:{number}: is not UTF-8 but, it seems, {seems}; save the file "
+                             "as UTF-8") from None
+    return lines
+
+
+def parse_json(text):
+    """What a JSON text holds. ValueError where a key comes twice, or the nesting has no end."""
+    def unique(pairs):
+        check(len(pairs) == len(dict(pairs)), f"a key comes twice among {[k for k, _ in pairs]}")
+        return dict(pairs)
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
+def own_part(path):
+    """What path is called while this process writes it: no other, here or elsewhere, writes it."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
+
+
+def remove_parts(folder):
+    """Removes what killed processes of this machine were writing in a folder."""
+    for part in folder.glob("*.part"):
+        name, *end = part.name.rsplit(".", 2)
+        if name.endswith("." + platform.node()) and end[0].isdigit():
+            try:
+                os.kill(int(end[0]), 0)  # is it there?
+            except ProcessLookupError:
+                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+            except OSError:
+                pass  # there, and another user's
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write, which has its name once all of it is on the disk; or never, on any
+    error. An OSError names the path. Folders are made."""
+    path = Path(path)
+    part = own_part(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_parts(path.parent)
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:  # a full disk does not say where
+        error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+# ---- folders in the Hugging Face layout ----
+
 def load_t5(folder, dtype=jnp.float32):
     """The T5 of a local folder, from config.json, spiece.model and safetensors, in dtype."""
     folder = Path(folder)
     check(folder.is_dir(), f"{folder}: no such folder; download a T5 into it, this code never does")
     with reading(path := folder / "config.json"):
-        entries = {"feed_forward_proj": "relu"} | json.loads(path.read_bytes())  # v1.0 may lack it
+        # The first T5s lack "feed_forward_proj".
+        entries = {"feed_forward_proj": "relu"} | parse_json(regular(path).read_bytes())
         kind = entries.get("model_type"), entries["feed_forward_proj"]
         check(kind in (("t5", "relu"), ("t5", "gated-gelu")),
               f"no T5 v1.0, v1.1 or Flan, as model_type and feed_forward_proj are {kind!r:.99}")
         config = T5Config(**{k: v for k, v in entries.items() if k in T5Config.__annotations__})
         check(0 < config.layer_norm_epsilon < 1, "layer_norm_epsilon is not between 0 and 1")
     with reading(path := folder / "spiece.model"):
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        check(model := regular(path).read_bytes(), "is empty")  # old sentencepieces would crash
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
         found = tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.get_piece_size()
         check(found[:2] == (0, 1) and found[2] <= config.vocab_size,
               f"not of this T5: <pad>, </s> and the number of pieces are {found}")
@@ -242,10 +328,11 @@ def load_params(folder, config, dtype):
 def save_t5(folder, t5):
     """Writes a folder that load_t5 and transformers' T5EncoderModel.from_pretrained read."""
     folder, tensors = Path(folder), {}
-    folder.mkdir(parents=True, exist_ok=True)
     entries = {"architectures": ["T5EncoderModel"], "model_type": "t5", **vars(t5.config)}
-    (folder / "config.json").write_text(json.dumps(entries, indent=2) + "\n")
-    (folder / "spiece.model").write_bytes(t5.tokenizer.serialized_model_proto())
+    with whole_file(folder / "config.json") as file:
+        file.write(json.dumps(entries, indent=2).encode() + b"\n")
+    with whole_file(folder / "spiece.model") as file:
+        file.write(t5.tokenizer.serialized_model_proto())
     for ours, (name, _, _) in declare(t5.config).items():
         layers = np.asarray(t5.params[ours]) if "{}" in name else [np.asarray(t5.params[ours])]
         tensors |= {f"{name.format(i)}.weight": layer for i, layer in enumerate(layers)}
@@ -260,6 +347,9 @@ def random_t5(captions, seed, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_h
     It knows nothing, but different texts get different embeddings. Captions and seed determine it.
     departs: rare characters become bytes, where the released T5s have <unk>: with 1000 pieces most
     scripts would be rare."""
+    captions = [caption.encode("utf-8", "replace").decode() for caption in captions]
+    common = {c for c, _ in Counter("".join(captions)).most_common(500)}  # all must get a piece
+    captions = ["".join(c if c in common else " " for c in caption) for caption in captions]
     neutral = ["a slow quiet piano piece with soft expressive strings and a deep warm bass line, "
                "recorded live", "Fast 1960s jazz & electronic dance music: loud drums, 'bright' "
                "synthesizer melody at 128 BPM!"]  # the trainer fails on too little text
@@ -304,25 +394,18 @@ def write_safetensors(path, tensors, metadata):
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
     crc = functools.reduce(lambda crc, data: zlib.crc32(data, crc), [start, *arrays], 0)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.writelines([start.replace(b"00000000", b"%08x" % crc, 1), *arrays])
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.writelines([start.replace(b"00000000", b"%08x" % crc, 1), *arrays])
 
 
 def read_safetensors(path, keep=lambda name: True):
     """({name: memory-mapped numpy array} of the names that keep accepts, {name: string} metadata).
     ValueError for anything but a whole, sound file, its CRC-32 included where it has one."""
     with reading(path):
-        data = np.memmap(path, np.uint8, "r")
+        data = np.memmap(regular(path), np.uint8, "r")
         base = 8 + int.from_bytes(data[:8].tobytes(), "little")  # where the tensors begin
         check(base <= min(len(data), 100_000_008), "no safetensors, or cut off in the header")
-        header = json.loads(data[8:base].tobytes())
+        header = parse_json(data[8:base].tobytes())
         metadata, tensors, end = header.pop("__metadata__", {}), {}, 0
         check(all(isinstance(value, str) for value in metadata.values()), "metadata not of strings")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

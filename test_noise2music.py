@@ -16,8 +16,10 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import types
+import warnings
 import zlib
 from collections import Counter, namedtuple
 from dataclasses import replace
@@ -42,6 +44,7 @@ import train
 from t5_encoder import (T5, T5Config, count_tokens, encode, load_t5, position_buckets, random_t5,
                         read_safetensors, save_t5, tokenize, write_safetensors)
 
+train.WAITS = (0.05,)  # as short as tests may wait for what is not there
 reference = pytest.mark.reference  # needs the extra "reference"; skipped, with a reason, without it
 
 
@@ -1162,7 +1165,7 @@ BROKEN = [  # (what the message says, what was done to the folder)
     ("config.json", lambda f: (f / "config.json").write_text("[]")),
     ("spiece.model: not of this T5", edit_config(vocab_size=200)),
     ("spiece.model", lambda f: (f / "spiece.model").write_bytes(b"not a model")),
-    ("spiece.model: not of this T5", lambda f: (f / "spiece.model").write_bytes(b"")),
+    ("spiece.model: is empty", lambda f: (f / "spiece.model").write_bytes(b"")),
     ("no model.safetensors", lambda f: (f / "model.safetensors").unlink()),
     ("no shared.weight of floats", edit_config(vocab_size=1001)),
     ("no .*relative_attention_bias.weight", edit_config(num_heads=-4, d_kv=-16)),
@@ -1214,7 +1217,8 @@ def test_pickle_is_converted_by_the_command_that_is_named(tmp_path):
 
 # ---- t5_encoder.py: random T5 ----
 
-@pytest.mark.parametrize("captions", [[], [""], ["音楽"], ["x" * 10000], ["a\nb\0c\td"], CAPTIONS])
+@pytest.mark.parametrize("captions", [[], [""], ["音楽"], ["x" * 10000], ["a\nb\0c\td"], CAPTIONS,
+                                      [chr(i) for i in range(0x4E00, 0x9FFF)], ["\ud800 a"]])
 def test_random_t5_takes_any_captions(captions):
     t5, again = (random_t5(captions, 3) for _ in range(2))
     assert t5.tokenizer.serialized_model_proto() == again.tokenizer.serialized_model_proto()
@@ -1311,8 +1315,8 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
             write_safetensors(path, {"x": np.ones(9)}, {})
         assert os.listdir(tmp_path) == ["a"]  # the old file, whole
         same(read_safetensors(path)[0], {"x": np.arange(4)})
-    with pytest.raises(OSError, match="nowhere"):
-        write_safetensors(tmp_path / "nowhere" / "a", {}, {})
+    with pytest.raises(OSError, match="a/b"):  # in a file
+        write_safetensors(path / "b", {}, {})
     with pytest.raises(OSError, match="absent"):
         read_safetensors(tmp_path / "absent")
 
@@ -1553,7 +1557,8 @@ def test_bad_files_and_lines_are_reported_once_and_skipped(tmp_path, capfd):
     files = "zero.wav: has no", "empty.flac", "text.flac"
     for words in (*files, *(f".jsonl:{n}: " for n in range(7, 19))):
         assert words in err, words
-    assert err.count('"start"') == 6 and err.count("\n") == 15
+    assert err.count('"start"') == 6 and err.count("\n") == 15 + 2  # and two sums
+    assert "skipped 12 of 18" in err and "skipped 3 of 6" in err
     example = maker(clips)
     assert {example(i).text for i in range(20)} == {"good"}
     err = capfd.readouterr().err
@@ -1569,7 +1574,7 @@ def test_a_start_makes_exactly_that_clip(tmp_path, capfd):
     assert [(clip.track.long, clip.start, clip.seconds) for clip in clips] == [
         (("10",), 10, 30), (("20.5",), 20.5, 29.5), (("49.5",), 49.5, 0.5), (("all",), 0, 30)]
     err = capfd.readouterr().err
-    assert err.count("\n") == 2 and "no audio at 50 s" in err and "no audio at 99 s" in err
+    assert err.count("\n") == 3 and "no audio at 50 s" in err and "no audio at 99 s" in err
     example = train.example_maker(clips[:1], n2m.MODELS["waveform_generator"], 0)(0)
     seconds = example.audio[: 30 * 3_200].reshape(30, 3_200)  # a bin is a Hz
     peaks = np.abs(np.fft.rfft(seconds))[:, 1:].argmax(axis=1) + 1
@@ -2134,6 +2139,333 @@ def test_the_models_in_demo():
     for word, near, far in [("viola", "violin", "trumpet"), ("keyboard", "piano", "trumpet"),
                             ("speedy", "fast", "slow")]:
         assert of[word] @ of[near] > of[word] @ of[far]
+
+
+# ---- faults: nothing is lost, nothing is silently wrong ----
+
+
+@pytest.mark.parametrize("data, right", [
+    ("a\r\nb\u2028c\x85d\n".encode(), ["a", "b\u2028c\x85d"]), (b"\xef\xbb\xbfa\n\n", ["a", ""]),
+    ("a\nb".encode("utf-16"), ":1: is not UTF-8 but, it seems, UTF-16"), (b"a\nb\0", ":2: .*UTF-16"),
+    ("a\ncaf\xe9\n".encode("latin-1"), ":2: .*Latin-1"), (b"\xed\xa0\x80", ":1: ")])
+def test_lines_are_utf8_and_end_in_newlines_only(tmp_path, data, right):
+    path = tmp_path / "x.txt"
+    path.write_bytes(data)
+    if isinstance(right, list):
+        assert t5_encoder.read_lines(path) == right
+    else:
+        with pytest.raises(ValueError, match=right) as error:
+            t5_encoder.read_lines(path)
+        one_line(error, path)
+
+
+def test_json_and_what_is_no_file(tmp_path):
+    for text in ('{"a": {"b": 1, "b": 2}}', "[" * 99_999, '{"a":' * 99_999, "9" * 9999):
+        with pytest.raises(ValueError):
+            t5_encoder.parse_json(text)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        for read in (t5_encoder.read_lines, read_safetensors, train.duration_of):
+            with pytest.raises(ValueError, match="is no regular file"):
+                read(path)
+
+
+def test_whole_files_and_what_the_killed_leave(tmp_path, monkeypatch):
+    parts = [tmp_path / f"a.{node}.{pid}.part" for node, pid in [
+        (t5_encoder.platform.node(), 2**22 + 1), (t5_encoder.platform.node(), os.getppid()),
+        ("elsewhere", 2**22 + 1)]]
+    for part in parts:
+        part.touch()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space.*x/b'"):
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with t5_encoder.whole_file(tmp_path / "x/b") as file:  # the folder is made
+            file.write(b"1")
+    assert not os.listdir(tmp_path / "x")
+    with t5_encoder.whole_file(tmp_path / "b") as file:
+        assert len(list(tmp_path.glob("b.*.part"))) == 1 and not (tmp_path / "b").exists()
+    assert [part.exists() for part in parts] == [False, True, True]
+
+
+FLAC_LENGTH = 21  # where the low four bytes of the number of samples are; four bits are before
+
+
+def flac_that_claims(path, samples):
+    data = bytearray(path.read_bytes())
+    data[FLAC_LENGTH] = data[FLAC_LENGTH] & 0xF0 | samples >> 32
+    data[FLAC_LENGTH + 1:FLAC_LENGTH + 5] = (samples % 2**32).to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("samples", [0, 2**36 - 1])
+def test_a_length_that_cannot_be_is_counted(tmp_path, samples):
+    path = write_tone(tmp_path / "a.flac", 70.0)
+    right = train.track_clips(train.Track(path))
+    audio = train.load_audio(path, 35, 30, 16_000)
+    flac_that_claims(path, samples)
+    assert train.track_clips(train.Track(path)) == right and len(right) == 2
+    close(train.load_audio(path, 35, 30, 16_000), audio)
+
+
+def test_audio_that_cannot_be_is_refused_and_named(tmp_path):
+    tone = 0.5 * np.sin(np.arange(16_000) / 9)
+    spoiled = tone.copy()
+    spoiled[99] = 1e30
+    for name, audio, rate in [("spoiled", spoiled, 16_000), ("integers", 32768 * tone, 16_000),
+                              ("rate", tone, 2**31 - 1)]:
+        soundfile.write(tmp_path / f"{name}.wav", audio, rate, "FLOAT")
+    (tmp_path / "a.raw").write_bytes(bytes(99))
+    soundfile.write(tmp_path / "loud.wav", 8 * tone, 16_000, "FLOAT")
+    for name, words in [("spoiled.wav", "full scale"), ("integers.wav", "full scale"),
+                        ("rate.wav", "2147483647 Hz"), ("a.raw", "samplerate must be")]:
+        with pytest.raises(ValueError, match=words) as error:
+            train.load_audio(tmp_path / name, 0, 1, 16_000)
+        one_line(error, tmp_path / name)
+    assert train.load_audio(tmp_path / "loud.wav", 0, 1, 16_000).max() > 3
+
+
+def test_one_entry_does_not_stop_a_run(tmp_path, capfd, monkeypatch):
+    write_tone(tmp_path / "a.wav"), (tmp_path / "a.txt").write_text("a tone")
+    write_tone(tmp_path / "b.wav"), (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "c.txt").write_text("c"), os.mkfifo(tmp_path / "c.wav")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def scan(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert [track.path.name for track in train.read_tracks(tmp_path, True)] == ["a.wav"]
+    err = capfd.readouterr().err
+    for words in ("closed: Permission denied", "b.txt:1: is not UTF-8", "c.wav: is no regular",
+                  "skipped 2 of 3"):
+        assert words in err
+    names = "a.wav", "a.raw", "x" * 300 + ".wav", "\ud800.wav", "nul\0.wav", "absent.wav"
+    (tmp_path / "a.raw").write_bytes(bytes(99))
+    folder = manifest(tmp_path, *({"audio": name, "long": ["\ud800 一"]} for name in names))
+    clips = train.find_clips(tracks := train.read_tracks(folder, True))
+    assert len(clips) == 1 and "skipped 4 of 6" in (err := capfd.readouterr().err)
+    assert "a.raw: samplerate must be" in err and len(tracks) == 2
+    (folder / "captions.jsonl").write_text('{"audio": "a.wav", "long": "x", "long": "y"}\n')
+    with pytest.raises(ValueError, match="no audio with a caption"):
+        train.read_tracks(folder, True)
+
+
+def half_broken(folder):
+    """Four files of tones, one of them cut off in the middle."""
+    folder.mkdir()
+    for k in range(4):
+        write_tone(folder / f"{k}.flac", 31.0 if k == 1 else 3.0, hz=200 * (k + 1))
+    cut = (folder / "1.flac").read_bytes()
+    (folder / "1.flac").write_bytes(cut[:len(cut) // 2])
+    return manifest(folder, *({"audio": f"{k}.flac", "long": "x"} for k in range(4)))
+
+
+def test_a_blink_of_the_system_costs_nothing(tmp_path, small_models, capfd, monkeypatch):
+    """A folder that is away and comes back changes no bit, beside a bad file. One that stays away
+    stops the run, saved; and the resumed run is the uninterrupted one."""
+    monkeypatch.setattr(train, "CACHE", 0)  # decoded at each step
+    folder, load, calls = half_broken(tmp_path / "music"), train.load_audio, []
+    run = lambda out, *argv: run_train("superresolution_cascader", "--tiny", "--data", folder,
+                                       "--batch-size", 2, "--out", tmp_path / out, *argv)
+    last = lambda out: last_tensors(tmp_path / out / "superresolution_cascader")
+    run("whole", "--steps", 9)
+    assert capfd.readouterr().err.count("skipped") > 1  # the bad one, at each visit
+
+    def away(path, *args):
+        calls.append(path)
+        if len(calls) in gone:
+            folder.rename(tmp_path / "away")
+            back = lambda: (tmp_path / "away").rename(folder)
+            gone[len(calls)] and threading.Timer(0.3, back).start()
+        return load(path, *args)
+
+    monkeypatch.setattr(train, "load_audio", away)
+    gone = {4: True}
+    monkeypatch.setattr(train, "WAITS", (0.2, 0.5))
+    run("blink", "--steps", 9)
+    assert "No such file" not in capfd.readouterr().err
+    calls.clear(), gone.clear(), gone.update({15: False})
+    common = ["superresolution_cascader", "--tiny", "--data", folder, "--batch-size", 2, "--out"]
+    err = exits(capfd, train.main, *common, tmp_path / "gone", "--steps", 9).splitlines()[-1]
+    assert "flac: No such file" in err and "Last good checkpoint" in err
+    (saved,) = train.checkpoints(tmp_path / "gone" / "superresolution_cascader")
+    assert saved.name in err and 0 < int(saved.stem[-8:]) < 9
+    (tmp_path / "away").rename(folder), gone.clear()
+    run("gone", "--resume", "--steps", 9)
+    for out in ("blink", "gone"):
+        for name, array in last("whole").items():
+            np.testing.assert_array_equal(last(out)[name], array, err_msg=name)
+
+
+def test_one_run_folder_has_one_trainer(tmp_path, data, small_models, capfd, monkeypatch):
+    common = ["superresolution_cascader", "--tiny", "--data", data, "--batch-size", 2, "--out"]
+    with train.lock(tmp_path / "superresolution_cascader" / "lock-0"):
+        err = exits(capfd, train.main, *common, tmp_path)
+        assert f"process {os.getpid()} on" in err and "another folder" in err
+    calls, made = [], t5_encoder.random_t5
+
+    def race(captions, seed):  # another model's training ends first
+        save_t5(tmp_path / "t5", made(["others"], 1))
+        return made(captions, seed)
+
+    monkeypatch.setattr(t5_encoder, "random_t5", race)
+    monkeypatch.setattr(train, "train", lambda _, run, *args: calls.append(run.encoder))
+    run_train("waveform_generator", "--tiny", "--data", data, "--out", tmp_path)
+    assert calls[0].fingerprint == t5_encoder.load_text_encoder(tmp_path / "t5").fingerprint
+    assert calls[0].fingerprint == t5_encoder.fingerprint(made(["others"], 1))
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("text, kept", [
+    ('{"step": 1}\n{"step": 2}\n{"st', 1), ('{"step": 1}\n{"st', 1), ("", 0), ("{", 0),
+    ("notes\n", None), ("notes", None), ('{"step": 1}\n[]\n', None), ('{"loss": 1}\n', None)])
+def test_logs(tmp_path, text, kept):
+    """What a kill has torn is dropped; another's file is left as it is."""
+    path = tmp_path / "log.jsonl"
+    path.write_text(text)
+    if kept is None:
+        with pytest.raises(ValueError, match="log.jsonl"):
+            train.read_log(path, lambda entry: entry["step"] <= 1)
+        assert path.read_text() == text
+    else:
+        assert len(train.read_log(path, lambda entry: entry["step"] <= 1)) == kept
+        assert path.read_text() == '{"step": 1}\n' * kept
+
+
+def test_a_full_disk_and_a_closed_stdout_stop_a_run_saved(tmp_path, data, small_models, capfd,
+                                                          monkeypatch):
+    name = "superresolution_cascader"
+    common = [name, "--tiny", "--data", data, "--batch-size", 2, "--log-every", 1, "--out"]
+    (tmp_path / "full" / name).mkdir(parents=True)
+    report = train.report
+
+    def full(pending, seconds, steps, log):
+        report(pending, seconds, steps, Path("/dev/full") if pending[-1][0] == 2 else log)
+
+    monkeypatch.setattr(train, "last_good", lambda folder: f"Good: {train.checkpoints(folder)[-1]}")
+    monkeypatch.setattr(train, "report", full)
+    err = exits(capfd, train.main, *common, tmp_path / "full")
+    assert "/dev/full: No space left on device; stopped at step 2. Good: " in err
+    assert "checkpoint-00000002" in err and err.count("\n") == 1
+
+    def pipe(*args):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(train, "report", pipe)
+    err = exits(capfd, train.main, *common, tmp_path / "pipe", status=141)
+    assert "stdout: Broken pipe; stopped at step 1. Good: " in err and err.count("\n") == 1
+
+    once = iter([signal.SIGHUP])
+    monkeypatch.setattr(train, "report", lambda *_: [os.kill(os.getpid(), n) for n in once])
+    err = exits(capfd, train.main, *common, tmp_path / "hup", status=129)
+    assert "stopped at step 2, saved as" in err and err.count("\n") == 1
+
+
+def test_what_is_not_finite_is_not_saved_where_files_are_gone(tmp_path, data, small_models, capfd,
+                                                              monkeypatch):
+    def batches(*_):
+        yield []
+        raise FileNotFoundError(2, "No such file", "music")
+
+    monkeypatch.setattr(train, "batches", batches)
+    monkeypatch.setattr(train, "make_batch", lambda *_: None)
+    step = lambda state, *_: (state, np.full(2, np.nan), np.zeros(2), 1.0)
+    monkeypatch.setattr(train, "train_step", step)
+    name = "superresolution_cascader"
+    err = exits(capfd, train.main, name, "--tiny", "--data", data, "--out", tmp_path, status=1)
+    assert "step 1: the loss" in err and not train.checkpoints(tmp_path / name)
+
+
+def test_signals_before_the_first_step(tmp_path, data, capfd, monkeypatch):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        monkeypatch.setattr(train, "read_tracks", lambda *_: os.kill(os.getpid(), number))
+        err = exits(capfd, train.main, "waveform_generator", "--tiny", "--data", data, "--out",
+                    tmp_path, status=128 + number)
+        assert err.count("\n") == 1 and number.name in err and not list(tmp_path.iterdir())
+
+
+def test_the_cache_of_programs_is_no_condition(tmp_path, capfd, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        for home in (lambda: (_ for _ in ()).throw(RuntimeError("no home")), lambda: Path("/proc")):
+            monkeypatch.setattr(Path, "home", home)
+            train.keep_programs()
+            err = capfd.readouterr().err
+            assert "compiled programs are not kept: " in err and err.count("\n") == 1
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # to be put back
+        (tmp_path / "jit_f-0123-cache").touch(), (tmp_path / "jit_g-0123-cache").touch()
+        train.keep_programs()
+        for how in ("reading", "writing"):
+            for f in "fg"[:1 + (how == "writing")]:
+                warnings.showwarning(UserWarning(f"Error {how} persistent compilation cache entry "
+                                                 f"for 'jit_{f}': error: x"), UserWarning, "", 0)
+        assert capfd.readouterr().err.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["jit_g-0123-cache"]
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_settings_name_the_weights_and_the_json_its_wav(tmp_path, runs, capfd):
+    """Another checkpoint's wavs are not there already, nor another seed's."""
+    models, prompts, out = tmp_path / "runs", tmp_path / "prompts.txt", tmp_path / "out"
+    shutil.copytree(runs, models)
+    prompts.write_text("slow piano\nfast drums\n")
+    run = lambda *more: run_sample("--prompts", prompts, "-o", out, "--models", models, "--seconds",
+                                   0.3, "--no-superres", *more)
+    again = lambda *more: (run(*more), capfd.readouterr().out.count("there already"))[1]
+    assert (again(), again()) == (0, 2)
+    wav = (out / "0000.wav").read_bytes()
+    (out / "0001.wav").write_bytes(wav)  # under the json of another
+    assert again() == 1
+    name = "waveform_cascader"
+    train.save_checkpoint(models / name, train.init_state(small(name), 5), small(name), {
+        "seed": 0, "index": 0, "t5": None, "t5_fingerprint": None} | train.load_checkpoint(
+            train.checkpoints(models / name)[0], name)[2])
+    assert (again(), again()) == (0, 2)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sample, "write_wav", killed)
+        run("--seed", 4)
+    assert [path.name for path in sorted(out.iterdir())] == ["0000.wav", "0001.json", "0001.wav"]
+
+
+def test_programs_of_many_lengths_are_dropped(tmp_path, runs, monkeypatch):
+    dropped, prompts = [], tmp_path / "prompts.txt"
+    prompts.write_text("".join(f'{{"prompt": "slow", "seconds": {1 + n // 2}}}\n' for n in range(20)))
+    monkeypatch.setattr(jax, "clear_caches", lambda: dropped.append(1))
+    monkeypatch.setattr(sample, "run_job", lambda *_: None)
+    run_sample("--prompts", prompts, "-o", tmp_path, "--models", runs)
+    assert len(dropped) == 2  # 10 lengths, 4 at a time
+
+
+def test_the_first_stage_that_is_not_finite_is_named(tmp_path, runs, monkeypatch, capfd):
+    outputs = {"waveform_generator": np.full((1, 9), np.nan), "waveform_cascader": np.ones((1, 9))}
+    monkeypatch.setattr(n2m, "generate", lambda *_, **__: outputs)
+    argv = "slow", "-o", tmp_path / "x.wav", "--models", runs, "--no-superres"
+    assert "waveform_generator: sampled values" in exits(capfd, sample.main, *argv)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_resumed_says_init(tmp_path, runs, data, small_models, capfd):
+    name = "superresolution_cascader"
+    path = train.checkpoints(runs / name)[0]
+    model, tensors, metadata = train.load_checkpoint(path, name, lambda n: n.startswith("ema/"))
+    train.write_checkpoint(tmp_path / name / path.name, tensors, model, metadata)
+    err = exits(capfd, train.main, name, "--data", data, "--out", tmp_path, "--resume")
+    assert "--init" in err and err.count("\n") == 1
+
+
+def test_days_are_said(tmp_path, capfd):
+    pending = [(1, np.ones(2), np.array([0.1, 0.9]), 1.0)]
+    train.report(pending, 3600.0, 101, tmp_path / "log.jsonl")
+    assert "ETA 4 days, 4:00:00" in capfd.readouterr().out
 
 
 # ---- sharding and several processes ----

@@ -17,17 +17,25 @@ without captions gets them. Everything is written to OUT/MODEL: checkpoints (the
 """
 
 import argparse
+import contextlib
+import fcntl
 import itertools
 import json
 import math
 import os
+import platform
 import re
+import shutil
 import signal
 import sys
+import threading
 import time
+import warnings
+import wave
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, fields, replace
+from datetime import timedelta
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -42,7 +50,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import noise2music as n2m
 import t5_encoder
-from t5_encoder import check
+from t5_encoder import check, own_part, parse_json, read_lines, regular, whole_file
 
 # ---- The data set (Secs. 3.6 and 4.1) ----
 
@@ -50,6 +58,8 @@ CLIP_SECONDS, CLIPS_PER_TRACK = 30, 6  # Sec. 3.6: "we extract six non-overlappi
 AUDIO = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .au .caf .w64 .rf64".split())
 THREADS = os.cpu_count() or 1  # that decode
 CACHE = 4 * 2**30  # bytes of decoded audio
+LOUDEST = 10  # times full scale; what is above is integers, or damage
+WAITS = 0.5, 1, 2, 4, 8  # seconds between tries of what the system cannot read now
 
 
 class Track(NamedTuple):
@@ -73,7 +83,7 @@ class Example(NamedTuple):
 
 def parse_caption(folder: Path, line: str, needs_text: bool) -> Track:
     """A line of captions.jsonl, or a ValueError that says what is wrong with it."""
-    entry = json.loads(line)
+    entry = parse_json(line)
     check(isinstance(entry, dict) and isinstance(entry.get("audio"), str),
           'not an object with an "audio" path')
     start, texts = entry.get("start"), {}
@@ -88,7 +98,7 @@ def parse_caption(folder: Path, line: str, needs_text: bool) -> Track:
     # Sec. 3.6: title, tags, pseudo labels. choice: title and tags are short prompts.
     short = texts["title"] + texts["tags"] + texts["short"]
     track = Track(folder / entry["audio"], texts["long"], short, start)
-    check(track.path.is_file(), f"{entry['audio']}: no such file")
+    regular(track.path)
     check(track.long or short or not needs_text, f"{entry['audio']}: no caption")
     return track
 
@@ -98,24 +108,89 @@ def read_tracks(folder: Path, needs_text: bool, manifest: str = "captions.jsonl"
     check(folder.is_dir(), f"{folder}: no such folder; give one of audio and captions (see --help)")
     path = folder / manifest
     if path.exists():
-        lines = path.read_text("utf-8", "replace").splitlines()
-    else:  # the manifest that the text files stand for
-        path, files = folder, sorted(folder.rglob("*"))
+        lines = [(f"{path}:{n}", line) for n, line in enumerate(read_lines(path), 1)]
+        parse = lambda line: parse_caption(folder, line, needs_text)
+    else:  # the files that stand for the lines of a manifest
+        unread = lambda error: warn(f"{error.filename}: {error.strerror}; skipped")
+        files = sorted(Path(at, name) for at, _, names in os.walk(folder, onerror=unread)
+                       for name in names)
         texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
-        text = lambda stem: texts[stem].read_text("utf-8", "replace") if stem in texts else ""
-        lines = [json.dumps({"audio": str(file.relative_to(folder)),
-                             "long": text(file.with_suffix("")).splitlines()})
-                 for file in files if file.suffix.lower() in AUDIO]
-    tracks = [usable(f"{path}:{number}", parse_caption, folder, line, needs_text)
-              for number, line in enumerate(lines, 1) if line.strip()]
-    check(any(tracks), f"{folder}: no audio with a caption; write {manifest}, or .txt files")
-    return [track for track in tracks if track]
+        lines = [(file, file) for file in files if file.suffix.lower() in AUDIO]
+
+        def parse(file):
+            captions = [read_lines(texts[stem]) for stem in [file.with_suffix("")] if stem in texts]
+            entry = {"audio": str(file.relative_to(folder)), "long": sum(captions, [])}
+            return parse_caption(folder, json.dumps(entry), needs_text)
+
+    tracks = usable(parse, [(name, line) for name, line in lines if str(line).strip()])
+    tracks = [track for track in tracks if track]
+    check(tracks, f"{folder}: no audio with a caption; write {manifest}, or .txt files")
+    return tracks
+
+
+def patiently(function: Callable, items: list) -> list:
+    """function(item) of all items, in threads; or the ValueError or OSError that it ends with.
+
+    What the system cannot read now (its network is away) is not bad: it is tried again, WAITS.
+    """
+
+    def attempt(item):
+        try:
+            return function(item)
+        except (OSError, ValueError) as error:
+            return error
+
+    results = [OSError()] * len(items)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for wait in (0, *WAITS):
+            again = [i for i, result in enumerate(results) if isinstance(result, OSError)]
+            time.sleep(wait if again else 0)
+            for i, result in zip(again, pool.map(attempt, [items[i] for i in again])):
+                results[i] = result
+    return results
+
+
+def usable(function: Callable, named: list, skipped=(ValueError, OSError)) -> list:
+    """function(item) of all (name, item); None, and a warning, where it ends with a `skipped`."""
+    results = patiently(function, [item for _, item in named])
+    for i, (name, _) in enumerate(named):
+        if isinstance(results[i], skipped):
+            warn(f"{name}: {reason(results[i], name):.300}; skipped")
+            results[i] = None
+        elif isinstance(results[i], OSError):
+            raise results[i]
+    if (bad := sum(result is None for result in results)) > 1:
+        warn(f"skipped {bad} of {len(named)}")
+    return results
+
+
+@contextlib.contextmanager
+def open_audio(path: Path):
+    """The file as libsndfile opens it: ValueError where its content is bad, OSError if the system
+    cannot read it now."""
+    with open(regular(path), "rb") as bytes_of:
+        try:
+            with soundfile.SoundFile(os.fsencode(path)) as file:
+                check(file.samplerate <= 10**6, f"has a rate of {file.samplerate} Hz")
+                if file.frames > 2**13 * os.stat(path).st_size:  # more than FLAC makes of silence:
+                    file.seekable = lambda: False  # no header to believe, or to seek by
+                yield file
+        except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+            while bytes_of.read(2**20):
+                pass  # an OSError, if that is why
+            raise ValueError(f"{path}: {getattr(error, 'error_string', error)}") from None
+
+
+def duration_of(path: Path) -> float:
+    """Seconds of audio in a file."""
+    with open_audio(path) as file:
+        decoded = iter(lambda: len(file.read(2**16)), 0)
+        return (file.frames if file.seekable() else sum(decoded)) / file.samplerate
 
 
 def track_clips(track: Track, most: int = CLIPS_PER_TRACK) -> list[Clip]:
     """Sec. 3.6: up to six clips that do not overlap. choice: spread evenly; of short tracks one."""
-    info, start = soundfile.info(track.path), track.start or 0
-    duration = info.frames / info.samplerate
+    duration, start = duration_of(track.path), track.start or 0
     check(duration > start, f"{track.path}: has no audio {f'at {start} s' if start else 'in it'}")
     if track.start is not None:
         return [Clip(track, start, min(duration - start, CLIP_SECONDS))]
@@ -125,32 +200,34 @@ def track_clips(track: Track, most: int = CLIPS_PER_TRACK) -> list[Clip]:
 
 def find_clips(tracks: list[Track], most: int = CLIPS_PER_TRACK) -> list[Clip]:
     """The clips of all tracks, by their headers. What cannot be opened is reported and skipped."""
-    clips_of = lambda track: usable(track.path, track_clips, track, most) or []
-    with ThreadPoolExecutor() as pool:
-        clips = list(itertools.chain(*pool.map(clips_of, tracks)))
-    check(clips, f"{tracks[0].path}: this and all other audio files are unusable")
-    return clips
-
-
-def usable(path, function: Callable, *args):
-    """function(*args), or None and a warning where what it reads cannot be used."""
-    try:
-        return function(*args)
-    except (OSError, ValueError, RuntimeError) as error:  # what soundfile and `check` raise
-        warn(f"{path}: {reason(error, path)}; skipped")
+    clips = usable(lambda track: track_clips(track, most), [(t.path, t) for t in tracks])
+    check(any(clips), f"{tracks[0].path}: this and all other audio files are unusable")
+    return [clip for of_track in clips for clip in of_track or []]
 
 
 def load_audio(path: Path, start: float, seconds: float, rate: int) -> np.ndarray:
     """`seconds` of a file, mono at `rate` Hz, filled up with silence: float32 (seconds * rate,)."""
-    with soundfile.SoundFile(path) as file:
-        file.seek(min(round(start * file.samplerate), file.frames))
-        wanted = min(round(seconds * file.samplerate), file.frames - file.tell())
-        audio = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)  # choice: mono
+    with open_audio(path) as file:
+        first = min(round(start * file.samplerate), file.frames)
+        if file.seekable():
+            file.seek(first)
+        while left := first - file.tell():
+            check(len(file.read(min(left, 2**16))), "is cut off")
+        wanted = min(round(seconds * file.samplerate), file.frames - first)
+        audio = file.read(wanted, dtype="float32", always_2d=True)
         check(len(audio) >= max(1, wanted - file.samplerate // 10),
               "is cut off, or has no audio in it")
-        check(np.isfinite(audio).all(), "holds samples that are not numbers")
+        check(np.abs(audio).max() <= LOUDEST,
+              f"holds samples that are not numbers, or over {LOUDEST} times full scale")
+        audio = audio.mean(axis=1)  # choice: mono
         audio = np.pad(audio, (0, round(seconds * file.samplerate) - len(audio)))
     return n2m.fft_resample(audio, round(seconds * rate), np)
+
+
+def load_clips(clips: list[Clip], rate: int) -> list[np.ndarray | None]:
+    """`load_audio` of clips, or None. Where the system cannot read one, nothing takes its place."""
+    load = lambda clip: load_audio(clip.track.path, clip.start, clip.seconds, rate)
+    return usable(load, [(clip.track.path, clip) for clip in clips], ValueError)
 
 
 def text_batch(track: Track, token_length: int, count_tokens: Callable) -> list[str]:
@@ -211,8 +288,7 @@ def example_maker(clips: list[Clip], model: n2m.Model, seed: int, count_tokens=N
 
     @lru_cache(int(CACHE / clip_bytes))  # a small data set is decoded once
     def audio_or_none(clip):
-        path = clip.track.path
-        return usable(path, load_audio, path, clip.start, clip.seconds, model.audio_rate)
+        return load_clips([clip], model.audio_rate)[0]
 
     def example(index):
         rng, (epoch, i) = np.random.default_rng([seed, 1, index]), divmod(index, size)
@@ -327,8 +403,18 @@ def train_step(state: State, model: n2m.Model, seed: int, batch, accumulate: int
 def join_processes(args):
     """Makes this process one of --processes, each with its own devices, that train together."""
     if args.processes > 1:
-        jax.distributed.initialize(args.coordinator, args.processes, args.process,
-                                   heartbeat_timeout_seconds=30)
+        address = f"--coordinator {args.coordinator}"
+        check(re.search(r".:\d+$", args.coordinator or "h:1"), f"{address}: is not HOST:PORT")
+        print(f"process {args.process} waits for the others", flush=True)
+        silence = lambda: (warn(f"{address}: not all processes are there in a minute"), os._exit(2))
+        (timer := threading.Timer(60, silence)).start()  # JAX's own end is a stack trace
+        try:
+            jax.distributed.initialize(args.coordinator, args.processes, args.process,
+                                       heartbeat_timeout_seconds=30, initialization_timeout=90)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{address}: {str(error).splitlines()[0]}") from None
+        finally:
+            timer.cancel()
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # one process speaks; warnings come from each
 
@@ -507,6 +593,8 @@ def resumed_run(args, folder: Path, captions: list[str]) -> Run:
     check(args.seed in (None, metadata["seed"]),
           f"{path}: of seed {metadata['seed']}; leave --seed out")
     model = overridden(model, args)
+    check("step" in tensors, f"{path}: holds averages alone, to sample from; --init begins a new "
+          "run with them, in another --out")
     encoder, metadata = text_encoder(args, model, metadata, captions)
     state = restore(jax.eval_shape(partial(init_state, model, 0)), tensors, "", path)
     check(state.step < model.training.steps, f"{path}: at its last step already; give more --steps")
@@ -528,13 +616,24 @@ def text_encoder(args, model: n2m.Model, metadata: dict, captions: list[str]):
         return None, metadata
     given, own = args.t5 or metadata["t5"], args.out / "t5"
     if not given and not own.exists() and jax.process_index() == 0:
-        warn(f"no --t5: made a random T5 in {own}; it tells prompts apart, but knows no English")
-        t5_encoder.save_t5(args.out / "t5.part", t5_encoder.random_t5(captions, metadata["seed"]))
-        (args.out / "t5.part").rename(own)
+        t5_encoder.remove_parts(args.out)
+        part = own_part(own)
+        try:
+            t5_encoder.save_t5(part, t5_encoder.random_t5(captions, metadata["seed"]))
+            part.rename(own)
+            warn(f"no --t5: made a random T5 in {own}; it tells prompts apart, but knows no "
+                 "English")
+        except OSError:
+            shutil.rmtree(part, ignore_errors=True)
+            if not own.exists():  # else another model's training has just made one, for both
+                raise
     any_process(True)  # the others wait for the first
     encoder = t5_encoder.load_text_encoder(given or own)
     check(metadata["t5_fingerprint"] in (None, encoder.fingerprint),
           f"{given or own}: not the text encoder that this run began with")
+    length = model.training.token_length
+    if cut := sum(encoder.count_tokens(text) >= length for text in captions):
+        warn(f"{cut} of {len(captions)} captions are cut to {length - 1} tokens")
     words = sorted({word for text in captions for word in words_of(text)})
     metadata = metadata | {
         "t5": given and str(Path(given).resolve()), "t5_fingerprint": encoder.fingerprint,
@@ -548,72 +647,124 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", text.lower())
 
 
+def lock(path: Path):
+    """The file, locked until it is closed or this process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"{path.parent}: {file.read()} writes into it; stop it, or name another "
+                         "folder") from None
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    return file
+
+
 def train(args, run: Run, folder: Path, clips: list[Clip], mesh, parts: int):
     """The loop: step, log, save, sample; until the last step, a signal, or a loss not finite."""
-    (model, state, metadata, encoder), stop = run, []
+    (model, state, metadata, encoder), stop, path = run, [], None
     state = place(state, state_layout(model, mesh))
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first saves and stops, a second just stops
-        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    # The first signal saves and stops, a second just stops.
+    on_signals(lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
     c, step, seed, index = model.training, int(state.step), metadata["seed"], metadata["index"]
     weights = [weight for _, weight in args.data or [] if weight]
     example = example_maker(clips, model, seed, encoder and encoder.count_tokens, weights)
     batch_of = lambda examples: make_batch(examples, model, encoder and encoder.encode)
-    first, log = batch_of([example(0)]), open_log(folder, step)
-    print(f"training to step {c.steps}; the first step compiles", flush=True)
+    log, first = folder / "log.jsonl", batch_of([example(0)])
+    if jax.process_index() == 0:  # a killed run may have left lines of later steps
+        read_log(log, lambda entry: entry["step"] <= step)
     pending, begin = [], time.monotonic()
-    for examples in batches(example, process_rows(c.batch_size, parts), c.batch_size, index):
-        with jax.set_mesh(mesh):
-            state, *logged = train_step(state, model, seed, batch_of(examples), parts, mesh)
-        step, index = step + 1, index + c.batch_size
-        pending.append((step, *logged))
+    save = lambda: save_checkpoint(folder, state, model, metadata | {"index": index})
+    try:
+        print(f"training to step {c.steps}; the first step compiles", flush=True)
+        for examples in batches(example, process_rows(c.batch_size, parts), c.batch_size, index):
+            with jax.set_mesh(mesh):
+                batch = batch_of(examples)
+                state, *logged = train_step(state, model, seed, batch, parts, mesh)
+            step, index = step + 1, index + c.batch_size
+            pending.append((step, *logged))
 
-        every = lambda n: step % n == 0
-        asked = (every(args.log_every) or jax.process_count() == 1) and any_process(bool(stop))
-        last = step == c.steps or asked
-        saving = last or every(args.save_every)
-        sampling = every(args.sample_every) or args.overfit and step == c.steps
-        if saving or sampling or every(args.log_every):
-            report(pending, time.monotonic() - begin, c.steps, log, folder)
-            pending = []
-        if saving:
-            path = save_checkpoint(folder, state, model, metadata | {"index": index})
-        if sampling:
-            preview(folder, state, model, first)
-        if not pending:
-            begin = time.monotonic()
-        if last:
-            break
+            every = lambda n: step % n == 0
+            asked = (every(args.log_every) or jax.process_count() == 1) and any_process(bool(stop))
+            last = step == c.steps or asked
+            saving = last or every(args.save_every)
+            sampling = every(args.sample_every) or args.overfit and step == c.steps
+            if saving or sampling or every(args.log_every):
+                report(pending, time.monotonic() - begin, c.steps, log)
+                pending = []
+            if saving:
+                path = save()
+            if sampling:
+                preview(folder, state, model, first)
+            if not pending:
+                begin = time.monotonic()
+            if last:
+                break
+    except OSError as error:  # a full disk, a file that is gone, nobody who reads stdout
+        if jax.process_count() == 1:
+            stop_unless_finite(pending, folder)
+            with contextlib.suppress(OSError):
+                save()
+        raise OSError(error.errno, f"{error.strerror or error}; stopped at step {step}. "
+                      f"{last_good(folder)}", error.filename) from None
     if step < c.steps:
         status = 128 + (stop or [signal.SIGTERM])[0]  # another process may have got the signal
         fail(f"stopped at step {step}, saved as {path}; --resume goes on from there", status)
     print(f"done: {path}")
 
 
-def open_log(folder: Path, step: int):
-    """log.jsonl for appending, without the lines after `step` that a killed run may have left."""
-    path = folder / "log.jsonl" if jax.process_index() == 0 else Path(os.devnull)
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept))
-    return path.open("a")
+def read_log(path: Path, wanted: Callable = lambda entry: True) -> list[dict]:
+    """The entries of a file of JSON lines that a script of this project appends to. A last line
+    that a kill has torn, and entries that are not wanted, are removed from the file."""
+    lines = [line for line in read_lines(path) if line] if path.exists() else []
+    if lines and lines[-1].startswith("{") and not path.read_bytes().endswith(b"\n"):
+        lines.pop()
+    with t5_encoder.reading(path):
+        entries = [entry for line in lines if wanted(entry := parse_json(line))]
+    text = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+    if path.exists() and text != path.read_bytes():
+        with whole_file(path) as file:
+            file.write(text)
+    return entries
 
 
-def report(pending: list, seconds: float, steps: int, log, folder: Path):
-    """Prints and logs what `pending` holds, (step, losses, t, gradient norm) a step. Stops the run
-    where one of them is not finite: the checkpoints are from before that step."""
+def append_log(path: Path, entry: dict):
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as error:  # a full disk does not say where
+        error.filename = str(path)
+        raise
+
+
+def last_good(folder: Path) -> str:
+    kept = [f"{path.name}; --resume goes on from it" for path in checkpoints(folder)[-1:]]
+    return f"Last good checkpoint in {folder}: {(kept or ['none'])[0]}"
+
+
+def stop_unless_finite(pending: list, folder: Path):
+    """Stops the run where a loss or a norm is not: the checkpoints are from before that step."""
+    for step, losses, _, norm in pending:
+        if not (np.isfinite(losses).all() and np.isfinite(norm)):
+            fail(f"step {step}: the loss or its gradient is not finite; stopped. "
+                 f"{last_good(folder)}; lower the --learning-rate", 1)
+
+
+def report(pending: list, seconds: float, steps: int, log: Path):
+    """Prints and logs what `pending` holds, (step, losses, t, gradient norm) a step."""
+    stop_unless_finite(pending, log.parent)
     numbers, losses, t, norms = map(np.stack, zip(*pending))
-    for step in numbers[~(np.isfinite(losses).all(axis=1) & np.isfinite(norms))]:
-        kept = [path.name for path in checkpoints(folder)[-1:]] or ["none"]
-        fail(f"step {step}: the loss or its gradient is not finite; stopped. Last good checkpoint "
-             f"in {folder}: {kept[0]}. --resume goes on from it; lower the --learning-rate", 1)
     # By quarter of t: one number hides that the ends differ a hundredfold.
     quarters = [losses[(t >= q / 4) & (t < (q + 1) / 4)] for q in range(4)]
     quarters = [float(q.mean()) if q.size else None for q in quarters]
     step, loss, norm, rate = int(numbers[-1]), losses.mean(), norms.mean(), losses.size / seconds
-    print(json.dumps(dict(step=step, loss=float(loss), loss_by_quarter_of_t=quarters,
-                          grad_norm=float(norm), clips_per_second=rate)), file=log, flush=True)
+    if jax.process_index() == 0:
+        append_log(log, dict(step=step, loss=float(loss), loss_by_quarter_of_t=quarters,
+                             grad_norm=float(norm), clips_per_second=rate))
     quarters = " ".join("-" if q is None else f"{q:.4f}" for q in quarters)
-    eta = time.strftime("%H:%M:%S", time.gmtime((steps - step) * seconds / len(pending)))
+    eta = timedelta(seconds=round((steps - step) * seconds / len(pending)))
     print(f"step {step}/{steps}  loss {loss:.4f} by t [{quarters}]  grad {norm:.3f}  "
           f"{rate:.1f} clips/s  ETA {eta}", flush=True)
 
@@ -641,20 +792,18 @@ def preview(folder: Path, state: State, model: n2m.Model, batch: n2m.Batch):
 
 def write_wav(path: Path, audio: np.ndarray, rate: int):
     """A 16-bit wav, whole or not at all. audio (T,), clipped to [-1, 1]."""
-    part = path.with_name(path.name + ".part")
-    try:
-        soundfile.write(part, np.clip(audio, -1, 1), rate, "PCM_16", format="WAV")
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    samples = np.rint(np.clip(audio, -1, 1) * np.float32(32767)).astype("<i2")
+    with whole_file(path) as file, wave.open(file) as wav:
+        wav.setparams((1, 2, rate, len(samples), "NONE", None))
+        wav.writeframes(samples.tobytes())
 
 
 # ---- The command line ----
 
 
 def warn(message: str):
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
 
 
 def fail(message: str, status: int = 2):
@@ -662,10 +811,11 @@ def fail(message: str, status: int = 2):
     raise SystemExit(status)
 
 
-def reason(error: Exception, path: Path) -> str:
+def reason(error: Exception, path=None) -> str:
     """What an exception says, in one line and without the path again."""
-    text = str(error).replace(f"Error opening {str(path)!r}: ", "").replace(f"{path}: ", "")
-    return " ".join(text.split()).rstrip(".")
+    if isinstance(error, OSError) and error.strerror:
+        error = f"{error.filename or 'stdout'}: {error.strerror}"
+    return " ".join(str(error).replace(f"{path}: ", "").split()).rstrip(".")
 
 
 def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -781,30 +931,70 @@ def run(args):
     print(f"{len(tracks)} tracks, {len(clips)} clips of up to {CLIP_SECONDS} s\n"
           f"{model.name}: {n / 1e6:.1f} M parameters, {n * 16 / 2**30:.2f} GiB with their average "
           f"and Adam's moments, on {mesh.size} x {jax.devices()[0].device_kind}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    train(args, begun, folder, clips, mesh, parts)
+    with lock(folder / f"lock-{jax.process_index()}"):
+        step = [int(begun.state.step)] if args.resume else []
+        check([int(path.stem[-8:]) for path in checkpoints(folder)[-1:]] == step,
+              f"{folder}: another process has just trained here")
+        train(args, begun, folder, clips, mesh, parts)
+
+
+def on_signals(handler: Callable):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+            signal.signal(number, handler)
+
+
+def keep_programs():
+    """Keeps compiled programs, so that a second process compiles nothing; or says why it cannot."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    show, said = warnings.showwarning, []
+
+    def remark(message, *args, **kwargs):  # once, of a full disk or damage, which is removed
+        found = re.match(r"Error \w+ persistent .* entry for '(.*?)'", str(message))
+        if found:
+            for entry in folder.glob(f"{found[1]}-*" if "reading" in found[0] else "no such"):
+                entry.unlink(missing_ok=True)
+            said or said.append(warn(f"{folder}: {reason(message)}"))
+        else:
+            show(message, *args, **kwargs)
+
+    try:
+        home = jax.config.jax_compilation_cache_dir or Path.home() / ".cache" / "noise2music"
+        (folder := Path(home)).mkdir(parents=True, exist_ok=True)
+        (probe := own_part(folder / "probe")).touch()
+        probe.unlink()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        warnings.showwarning = remark
+    except (OSError, RuntimeError) as error:  # no home, or nothing can be written there
+        warn(f"compiled programs are not kept: {reason(error)}")
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 def run_command(run: Callable, args):
-    """Runs a script's command: what its user can mend becomes one line and exit status 2.
-
-    Compiled programs are kept, so that a second process compiles nothing.
-    """
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "noise2music"))
+    """Runs a script's command: what its user can mend becomes one line and exit status 2."""
+    on_signals(lambda n, _: fail(f"stopped by {signal.Signals(n).name}", 128 + n))
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no error
+        stream.reconfigure(errors="backslashreplace")
+    jax.config.update("jax_enable_x64", False)  # whatever the environment says
+    keep_programs()
     try:
         run(args)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        sys.stdout.flush()
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        if "initialize backend" in first:
+            fail(f"JAX_PLATFORMS: {first}")
+        if not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
             raise
         warn(f"process {jax.process_index()}: another process of this run has ended, so this one "
-             f"ends too; start all again with --resume ({str(error).splitlines()[0][:80]})")
+             f"ends too; start all again with --resume ({first[:80]})")
         os._exit(1)  # not through the shutdown that would wait for it
-    except (ValueError, OSError, soundfile.LibsndfileError) as error:
+    except (ValueError, OSError) as error:
         if sys.flags.dev_mode:  # python -X dev shows where
             raise
-        fail(" ".join(str(error).split()))
+        if gone := isinstance(error, BrokenPipeError):  # Python is not to try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        fail(reason(error), 128 + signal.SIGPIPE if gone else 2)
 
 
 def main(argv=None):

@@ -57,7 +57,8 @@ def prompts(args):
             text = make_data.sentence(template, words | {"tempo": rng.choice(names)})
             seed = 10_000 + len(lines)
             lines.append(json.dumps({"prompt": text, "seed": seed, "seconds": SECONDS}) + "\n")
-    args.out.write_text("".join(lines))
+    with t5_encoder.whole_file(args.out) as file:
+        file.write("".join(lines).encode())
 
 
 def instrument_of(number: int) -> str:
@@ -74,7 +75,7 @@ def load(path: Path, rate: int = n2m.MEL_RATE) -> np.ndarray:
 
 
 def real_clips(folder: Path) -> list[dict]:
-    entries = map(json.loads, (folder / "captions.jsonl").open())
+    entries = map(json.loads, t5_encoder.read_lines(folder / "captions.jsonl"))
     return [{**entry, "path": folder / entry["audio"]} for entry in entries]
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import noise2music as n2m
+from t5_encoder import check, read_safetensors
 from train import checkpoints, load_checkpoint, new_parser, run_command, write_checkpoint
 
 
@@ -21,11 +22,12 @@ def export(args):
     for name in n2m.MODELS:
         if not (found := checkpoints(args.runs / name)):
             continue
+        path = args.out / name / found[-1].name
+        check(not path.exists() or "step" not in read_safetensors(path)[0],
+              f"{path}: a checkpoint that training goes on from; name another DIR")
         model, tensors, metadata = load_checkpoint(found[-1], name, lambda n: n.startswith("ema/"))
         if metadata["t5_fingerprint"]:
             shutil.copytree(metadata["t5"] or args.runs / "t5", args.out / "t5", dirs_exist_ok=True)
-        path = args.out / name / found[-1].name
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.astype(jnp.bfloat16) for k, v in tensors.items()}
         write_checkpoint(path, tensors, model, metadata | {"t5": None})
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

@@ -89,7 +89,7 @@ def steps():
 def demo(route: str):
     """The demo's {name: (Model, params)} of a route, and its text encoder."""
     args, mesh = sample.parse_args([PROMPT, "--route", route]), sample.serving_mesh(1, 1)
-    weights, encoder, _ = sample.load_weights(args, list(n2m.ROUTES[route]), mesh)
+    weights, encoder, *_ = sample.load_weights(args, list(n2m.ROUTES[route]), mesh)
     return weights, encoder
 
 

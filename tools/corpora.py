@@ -25,7 +25,6 @@ What is evaluated on MusicCaps is trained without Rater-LF (Sec. 3.6).
 import ast
 import csv
 import json
-import os
 import re
 import sys
 from collections import Counter
@@ -34,7 +33,7 @@ from typing import Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from t5_encoder import check
+from t5_encoder import check, parse_json, read_lines, whole_file
 from train import AUDIO, new_parser
 
 
@@ -42,8 +41,7 @@ from train import AUDIO, new_parser
 
 def read_csv(path: Path, columns: set[str], **kind) -> list[dict]:
     """The rows of a table with a header."""
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        rows = list(csv.DictReader(file, **kind))
+    rows = list(csv.DictReader([f"{line}\n" for line in read_lines(path)], **kind))
     check(rows, f"{path}: no rows in it")
     check(columns <= rows[0].keys(), f"{path}: lacks {', '.join(sorted(columns - rows[0].keys()))};"
           " give the file as its makers publish it")
@@ -53,9 +51,9 @@ def read_csv(path: Path, columns: set[str], **kind) -> list[dict]:
 def read_json_lines(path: Path, texts: tuple[str, ...] = ()) -> list[dict]:
     """The objects of a file with one a line, each with the texts that are named."""
     entries, with_texts = [], f" with {', '.join(texts)}" if texts else ""
-    for n, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
+    for n, line in enumerate(read_lines(path), 1):
         try:
-            entry = json.loads(line or "null")
+            entry = parse_json(line or "null")
             check(not line or isinstance(entry, dict)
                   and all(isinstance(entry.get(key), str) for key in texts), "")
             entries += [entry] if line else []
@@ -66,10 +64,8 @@ def read_json_lines(path: Path, texts: tuple[str, ...] = ()) -> list[dict]:
 
 def write_lines(path: Path, lines):
     check(not path.exists(), f"{path}: there already; move it away")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    os.replace(part, path)
+    with whole_file(path) as file:
+        file.writelines(f"{line}\n".encode() for line in lines)
 
 
 # ---- Sentences ----
@@ -231,15 +227,14 @@ class Segment(NamedTuple):
 
 def read_segments(path: Path):
     """The clips of one of AudioSet's CSVs; lines of comment begin with #."""
-    with path.open(encoding="utf-8", newline="") as file:
-        for n, row in enumerate(csv.reader(file, skipinitialspace=True), 1):
-            if row and not row[0].startswith("#"):
-                try:
-                    ytid, start, end, labels = row
-                    yield Segment(ytid, float(start), float(end), labels.split(","))
-                except ValueError:
-                    raise ValueError(f"{path}:{n}: not a YouTube id, a start, an end and labels; "
-                                     "give the file as its makers publish it") from None
+    for n, row in enumerate(csv.reader(read_lines(path), skipinitialspace=True), 1):
+        if row and not row[0].startswith("#"):
+            try:
+                ytid, start, end, labels = row
+                yield Segment(ytid, float(start), float(end), labels.split(","))
+            except ValueError:
+                raise ValueError(f"{path}:{n}: not a YouTube id, a start, an end and labels; "
+                                 "give the file as its makers publish it") from None
 
 
 def class_names(path: Path) -> dict[str, str]:

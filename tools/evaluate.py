@@ -38,14 +38,12 @@ name of the result; seconds_per_clip is the median time to sample one.
 """
 
 import json
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -55,9 +53,9 @@ from label import WINDOWS, embed_audio, embed_texts, load_embedder, load_embeddi
 from sample import (LENGTH, MAX_SEED, OVERRIDES, SECONDS, Job, add_model_options, caption_of,
                     check_writable, clean_prompt, finished, load_weights, read_prompts, run_job,
                     serving_mesh, stages_of)
-from t5_encoder import check
-from train import (Clip, fail, load_audio, new_parser, number, read_tracks, reason, run_command,
-                   track_clips, warn)
+from t5_encoder import check, parse_json
+from train import (Clip, append_log, duration_of, load_audio, lock, new_parser, number, patiently,
+                   read_log, read_tracks, reason, run_command, track_clips, warn)
 
 
 # ---- What is compared (Sec. 4.3.3) ----
@@ -77,7 +75,7 @@ def clips_of(folder: Path) -> list:
 def text_of(track) -> str:
     """What a clip was sampled from, by the .json beside it; or its caption."""
     try:
-        return json.loads(track.path.with_suffix(".json").read_text())["prompt"]
+        return parse_json(track.path.with_suffix(".json").read_bytes())["prompt"]
     except (OSError, ValueError, KeyError, TypeError):
         return caption_of(track)
 
@@ -88,11 +86,11 @@ def excerpt(track, seconds: float) -> np.ndarray:
     Filled up with silence where the clip is shorter.
     """
     try:
-        clip = Clip(track, 0.0, soundfile.info(track.path).duration)
+        clip = Clip(track, 0.0, duration_of(track.path))
         clip = clip if track.start is None else track_clips(track)[0]
         start = clip.start + max(0.0, (clip.seconds - seconds) / 2)
         return load_audio(track.path, start, seconds, n2m.MEL_RATE)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise ValueError(f"{track.path}: {reason(error, track.path)}; remove it, and what it is "
                          "paired with") from None
 
@@ -106,7 +104,9 @@ def evaluation_set(source: Path, spec: str, seconds: float) -> EvaluationSet:
     check(callable(function), f"{spec}: is an array; give it in the place of the folder {source}")
     show = progress(f"{source}: clips embedded", len(tracks))
     for i in range(0, len(tracks), WINDOWS):
-        some = [excerpt(track, seconds) for track in tracks[i : i + WINDOWS]]
+        some = patiently(lambda track: excerpt(track, seconds), tracks[i : i + WINDOWS])
+        for error in (each for each in some if isinstance(each, Exception)):
+            raise error
         parts.append(embed_audio(function, spec, np.stack(some)))
         show(i + len(some))
     texts = [text_of(track) for track in tracks]
@@ -268,37 +268,39 @@ def sweep(args):
           f"{args.reference}: not every clip has a caption; give the prompts with --prompts")
     truth = EvaluationSet(*(a if a is None else a[: args.limit] for a in truth))
     mesh = serving_mesh(1, 1)
-    weights, encoder, _ = load_weights(args, stages_of(args.route, superres=False), mesh)
+    weights, encoder, _, identity = load_weights(args, stages_of(args.route, False), mesh)
     c = next(iter(weights.values()))[0].training
     seconds = args.seconds or max(SECONDS, c.seconds)
     prompts = [clean_prompt(prompt, encoder, c.token_length) for prompt in prompts[: args.limit]]
     points = sweep_points(weights)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
                 if v not in (None, False) and k != "out"}
-    done = args.out.read_text().splitlines() if args.out.exists() else []
-    check(all(json.loads(line)["settings"] == settings for line in done),
+    settings |= {"crc32": identity}
+    done = read_log(args.out)
+    check(all(entry.get("settings") == settings for entry in done),
           f"{args.out}: points of other settings; name another -o")
-    for n, (name, changes) in list(enumerate(points, 1))[len(done) :]:
-        changed = dict(weights)
-        if name:
-            model, params = weights[name]
-            changed[name] = replace(model, inference=replace(model.inference, **changes)), params
-        point = "-".join(str(part) for part in [name or "base", *changes.values()])
-        folder = args.out.with_suffix("") / point
-        print(f"[{n}/{len(points)}] {point}", file=sys.stderr)
-        for i, prompt in enumerate(prompts):
-            job = Job(prompt, args.seed + i, seconds, folder / f"{i:04d}.wav")
-            if not finished(args, changed, job):
-                check_writable(job.out)
-                run_job(args, changed, encoder, mesh, job)
-        files = sorted(folder.glob("*.json"))[1:]  # the first clip's time is with compilation
-        took = [json.loads(path.read_text())["sampled_in"] for path in files]
-        generated = evaluation_set(folder, args.audio_embedder, args.excerpt)
-        line = {"model": name, **changes, "seconds_per_clip": round(float(np.median(took)), 3),
-                **scores(generated, truth, args.text_embedder, args.seed), "settings": settings}
-        with args.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps(line), flush=True)
+    with lock(args.out.with_suffix("") / "lock"):
+        for n, (name, changes) in list(enumerate(points, 1))[len(done) :]:
+            changed = dict(weights)
+            if name:
+                model, params = weights[name]
+                inference = replace(model.inference, **changes)
+                changed[name] = replace(model, inference=inference), params
+            point = "-".join(str(part) for part in [name or "base", *changes.values()])
+            folder = args.out.with_suffix("") / point
+            print(f"[{n}/{len(points)}] {point}", file=sys.stderr)
+            for i, prompt in enumerate(prompts):
+                job = Job(prompt, args.seed + i, seconds, folder / f"{i:04d}.wav")
+                if not finished(args, changed, identity, job):
+                    check_writable(job.out)
+                    run_job(args, changed, encoder, identity, mesh, job)
+            files = sorted(folder.glob("*.json"))[1:]  # the first clip's time is with compilation
+            took = [parse_json(path.read_bytes())["sampled_in"] for path in files]
+            generated = evaluation_set(folder, args.audio_embedder, args.excerpt)
+            line = {"model": name, **changes, "seconds_per_clip": round(float(np.median(took)), 3),
+                    **scores(generated, truth, args.text_embedder, args.seed), "settings": settings}
+            append_log(args.out, line)
+            print(json.dumps(line), flush=True)
 
 
 def plot(args):
@@ -400,7 +402,6 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    signal.signal(signal.SIGINT, lambda *_: fail("interrupted", status=130))
     run_command(*parse_args(sys.argv[1:] if argv is None else argv))
 
 

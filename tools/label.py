@@ -28,20 +28,20 @@ import os
 import sys
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
-import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import corpora
 import noise2music as n2m
-from t5_encoder import check
-from train import (CLIP_SECONDS, CLIPS_PER_TRACK, THREADS, Clip, Track, find_clips, load_audio,
-                   new_parser, number, read_tracks, reason, run_command, warn)
+from t5_encoder import check, read_lines, regular, whole_file
+from train import (CLIP_SECONDS, CLIPS_PER_TRACK, Clip, Track, find_clips, load_clips, lock,
+                   new_parser, number, open_audio, patiently, read_tracks, reason, run_command,
+                   warn)
 
 
 # ---- Embedders, in the place of MuLan, VGGish and Trill, which are not here (Sec. 4.3.2) ----
@@ -68,7 +68,7 @@ def load_embedder(spec: str):
 def load_embeddings(path: Path) -> np.ndarray:
     """(N, E) or, of frames, (N, F, E): a .npy, left on the disk, or what is alone in a .npz."""
     try:
-        array = np.load(path, mmap_mode="r")
+        array = np.load(regular(path), mmap_mode="r")
         if not isinstance(array, np.ndarray):
             check(len(array.files) == 1, f"holds {len(array.files)} arrays, not one")
             array = np.asarray(array[array.files[0]])
@@ -76,7 +76,7 @@ def load_embeddings(path: Path) -> np.ndarray:
               f"holds {array.dtype} {array.shape}")
     except Exception as error:  # of ten kinds, for a damaged file
         why = isinstance(error, OSError) and error.strerror or reason(error, path)
-        raise ValueError(f"{path}: {why}; embeddings are one array of floats, (N, E) or "
+        raise ValueError(f"{path}: {why:.300}; embeddings are one array of floats, (N, E) or "
                          "(N, frames, E)") from None
     return array
 
@@ -102,16 +102,9 @@ def embed_audio(function: Callable, spec: str, audio: np.ndarray) -> np.ndarray:
 def embed_clips(function: Callable, spec: str, clips: list[Clip]) -> np.ndarray:
     """(N, E): of each clip the average over its 10-second windows (Sec. 3.5); not numbers where it
     cannot be decoded."""
-
-    def decoded(clip):
-        try:
-            return n2m.windows(load_audio(clip.track.path, clip.start, clip.seconds, n2m.MEL_RATE))
-        except (OSError, ValueError, RuntimeError) as error:
-            warn(f"{clip.track.path}: {reason(error, clip.track.path)}; skipped")
-            return n2m.windows(np.full(1, np.nan, np.float32))
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        pieces = list(pool.map(decoded, clips))
+    nothing = np.full(1, np.nan, np.float32)
+    pieces = [n2m.windows(nothing if audio is None else audio)
+              for audio in load_clips(clips, n2m.MEL_RATE)]
     out = embed_audio(function, spec, np.nan_to_num(np.concatenate(pieces)))
     out = out.mean(axis=1) if out.ndim == 3 else out  # choice: of frames, the average too
     of_clips = np.split(out, np.cumsum([len(piece) for piece in pieces])[:-1])
@@ -128,7 +121,7 @@ def progress(what: str, n: int, first: int = 0) -> Callable:
         now, terminal = time.monotonic(), sys.stderr.isatty()
         if done == n or now - shown > (0.2 if terminal else 30):
             shown, eta = now, (now - begin) / max(done - first, 1) * (n - done)
-            print(f"{what}: {done}/{n}  ETA {time.strftime('%H:%M:%S', time.gmtime(eta))}",
+            print(f"{what}: {done}/{n}  ETA {timedelta(seconds=round(eta))}",
                   end="\r" if terminal and done < n else "\n", file=sys.stderr, flush=True)
 
     return show
@@ -137,9 +130,9 @@ def progress(what: str, n: int, first: int = 0) -> Callable:
 def blockwise(path: Path, shape, dtype, make: Callable, what: str, block: int = ROWS) -> np.ndarray:
     """A matrix on the disk, made a block of rows at a time by make(start, end).
 
-    A restart goes on after the last whole block.
+    A restart goes on after the last whole block, and tries again what failed in those before.
     """
-    (n, width), part = shape, path.with_name(path.name + ".part")
+    (n, width), part, first = shape, path.with_name(path.name + ".part"), shape[0]
     if not path.exists():
         with part.open("ab") as file:
             row = width * np.dtype(dtype).itemsize
@@ -154,7 +147,14 @@ def blockwise(path: Path, shape, dtype, make: Callable, what: str, block: int = 
                 file.flush()
                 show(end)
         os.replace(part, path)
-    return np.memmap(path, dtype, "r", shape=shape)
+    rows = np.memmap(path, dtype, "r+", shape=shape)
+    for i in np.flatnonzero(~finite(rows[:first])):
+        rows[i] = make(i, i + 1)
+    return rows
+
+
+def finite(rows) -> np.ndarray:
+    return np.isfinite(rows.sum(axis=1, dtype=np.float64))
 
 
 def crc(*parts) -> str:
@@ -199,8 +199,7 @@ def read_vocabulary(kind, path, k_prime=None, k=K) -> Vocabulary:
     except ValueError:
         raise ValueError(f"--vocabulary {kind} {path}: {k_prime} and {k} should be K' and K, whole "
                          "numbers") from None
-    text = Path(path).read_text("utf-8", "replace").removesuffix("\n")
-    captions = [line.strip() for line in text.split("\n")]  # not splitlines: captions hold U+2028
+    captions = [line.strip() for line in read_lines(path)]
     for n, caption in enumerate(captions, 1):
         check(caption, f"{path}:{n}: an empty line; every line is a caption")
     check(0 < k_prime <= k <= len(captions), f"{path}: {len(captions)} captions for K' = {k_prime} "
@@ -227,7 +226,6 @@ def pseudo_labels(args, clips: list[Clip], work: Path):
     of = crc(*((clip.track.path.resolve(), clip.track.path.stat().st_mtime_ns, clip.start,
                 clip.seconds) for clip in clips))
     x, of = embeddings(args.audio_embedder, embed_clips, clips, of, "clips", work, 2 * WINDOWS)
-    finite = lambda a: np.isfinite(a.sum(axis=1, dtype=np.float64))
     for v, (y, _) in zip(vocabularies, texts):
         check(y.shape[1] == x.shape[1], f"{v.path}: embeddings {y.shape[1]} wide, of the clips "
               f"{x.shape[1]}; they must be of one space")
@@ -240,7 +238,7 @@ def pseudo_labels(args, clips: list[Clip], work: Path):
     labels = [{"long": [], "short": []} for _ in good]
     for n, (v, (y, text_of)) in enumerate(zip(vocabularies, texts)):
         nearest = lambda start, end, y=y, k=v.k: n2m.top_captions(y, x[good[start:end]], k)
-        kept = work / f"{v.path.stem}-top-{crc(of, text_of, v.k)}.i32"
+        kept = work / f"{v.path.stem}-top-{crc(of, text_of, v.k, good.tobytes())}.i32"
         top = blockwise(kept, (len(good), v.k), np.int32, nearest, f"nearest of {v.path.name}")
         for entry, row in zip(labels, n2m.draw_captions(top, v.k_prime, [args.seed, n]).tolist()):
             entry[v.kind] += [v.captions[i] for i in row]
@@ -249,11 +247,8 @@ def pseudo_labels(args, clips: list[Clip], work: Path):
 
 def header_tags(track: Track) -> Track:
     """A track with what its file says of it, where metadata.jsonl says nothing."""
-    try:
-        with soundfile.SoundFile(track.path) as file:
-            found = file.copy_metadata()
-    except (OSError, ValueError, RuntimeError):
-        return track  # `find_clips` has its say
+    with open_audio(track.path) as file:
+        found = file.copy_metadata()
     tags = (found.get(key, "").strip() for key in ("title", "artist", "album", "genre"))
     return track._replace(short=track.short or tuple(tag for tag in tags if tag))
 
@@ -262,17 +257,19 @@ def label(args):
     """Sec. 3.6: writes captions.jsonl: of each clip the title, the tags and the pseudo-labels."""
     out = args.out or args.folder / "captions.jsonl"
     check(not out.exists(), f"{out}: there already; move it away, or name another with --out")
-    work, part = (out.with_name(out.name + suffix) for suffix in (".work", ".part"))
-    tracks = [header_tags(track) for track in read_tracks(args.folder, False, "metadata.jsonl")]
+    work = out.with_name(out.name + ".work")
+    tracks = read_tracks(args.folder, False, "metadata.jsonl")
+    tracks = [track if isinstance(tagged, Exception) else tagged  # `find_clips` has its say
+              for track, tagged in zip(tracks, patiently(header_tags, tracks))]
     # Sec. 3.6: high-quality tracks "are segmented to non-overlapping 30-second clips", all of them
     clips = find_clips(tracks, 10**6 if args.high_quality else CLIPS_PER_TRACK)
     print(f"{len(tracks)} tracks, {len(clips)} clips of up to {CLIP_SECONDS} s", flush=True)
     labels, kept = [{"long": [], "short": []}] * len(clips), ""
     if args.vocabulary:
-        work.mkdir(parents=True, exist_ok=True)
-        clips, labels = pseudo_labels(args, clips, work)
+        with lock(work / "lock"):
+            clips, labels = pseudo_labels(args, clips, work)
         kept = f"; {work} keeps the embeddings for another run, and can be deleted"
-    with part.open("w") as file:
+    with whole_file(out) as file:
         for clip, pseudo in zip(clips, labels):
             long, short = list(clip.track.long), list(clip.track.short)
             if args.high_quality and short:  # Sec. 3.6: "concatenated to form the text prompt"
@@ -281,8 +278,7 @@ def label(args):
             path, start = os.path.relpath(path, out.parent.resolve()), round(clip.start, 3)
             entry = {"audio": path, "start": start, "long": long + pseudo["long"],
                      "short": short + pseudo["short"]}
-            file.write(json.dumps(entry) + "\n")
-    os.replace(part, out)
+            file.write(json.dumps(entry).encode() + b"\n")
     print(f"{out}: {len(clips)} clips with their captions{kept}")
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noise2music as n2m
 from evaluate import clips_of, excerpt, text_of
 from sample import LENGTH
-from t5_encoder import check
+from t5_encoder import check, parse_json, regular, whole_file
 from train import new_parser, number, run_command
 
 TABLE_7 = {"MusicCaps": 959, "Noise2Music Waveform": 718, "MusicLM": 692, "Mubert": 254,
@@ -51,7 +51,8 @@ def page(args):
             "clips": [[address(track) for track in clips] for clips in tracks]}
     text = json.dumps(data).replace("</", "<\\/")  # no prompt ends the script
     html = Path(__file__).with_suffix(".html").read_text("utf-8")
-    args.out.write_text(html.replace("= CLIPS", f"= {text}"), "utf-8")
+    with whole_file(args.out) as file:
+        file.write(html.replace("= CLIPS", f"= {text}").encode())
     print(f"{args.out}: {len(prompts)} prompts, {len(prompts) * math.comb(len(tracks), 2)} pairs; "
           "a browser opens it")
 
@@ -62,7 +63,7 @@ def wins(args):
     won, compared = Counter(), Counter()
     for path in args.sources:
         try:
-            for answer in json.loads(path.read_text("utf-8"))["answers"]:
+            for answer in parse_json(regular(path).read_bytes())["answers"]:
                 a, b, score = answer["a"], answer["b"], answer["score"]
                 compared.update([a, b])
                 won.update({a: score < 0, b: score > 0})

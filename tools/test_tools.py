@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import sys
+import threading
 import types
 import zipfile
 from dataclasses import replace
@@ -57,6 +58,13 @@ def test_exported_averages_sample_and_begin_another_run(tmp_path, data, monkeypa
     averages = {k: v for k, v in averages.items() if k.startswith("ema/")}
     assert exported.keys() == averages.keys()
     assert all(v.dtype == jnp.bfloat16 for v in exported.values())
+    for onto in ("runs", "demo"):  # itself: no; a second time: yes
+        argv = [str(tmp_path / "runs"), str(tmp_path / onto)]
+        if onto == "runs":
+            assert "a checkpoint that training goes on from" in exits(capfd, export.main, *argv)
+        else:
+            export.main(argv)
+    assert read_safetensors(last(tmp_path / "runs"))[0].keys() > averages.keys()
     shutil.rmtree(tmp_path / "runs")
     run_train(*common, "--init", last(demo), "--out", tmp_path / "more", "--steps", 1,
               "--learning-rate", 1e-30)
@@ -276,7 +284,7 @@ def test_clips_without_an_embedding_are_left_out(toy, capfd):
     run_label(*argv, "functions.jsonl")
     err = capfd.readouterr().err
     assert "text.wav" in err and "2 of 4 clips have no embedding" in err
-    assert "nan.wav: holds samples that are not numbers; skipped" in err
+    assert "nan.wav: holds samples that are not numbers, or over 10 times full scale; sk" in err
     np.save("clips.npy", [[0.0, 1.0], [np.nan, 1.0], [1.0, 0.0], [1.0, np.inf]])
     run_label(*argv, "arrays.jsonl", audio="clips.npy")
     run_label(*argv, "loud.jsonl", audio="toy:loud")
@@ -285,6 +293,53 @@ def test_clips_without_an_embedding_are_left_out(toy, capfd):
     assert got[:2] == [{"good": tone_captions(400), "well": tone_captions(300)},
                        {"good": tone_captions(400), "silent": tone_captions(200)}]
     assert [*got[2]] == ["good", "silent", "well"]
+
+
+def test_a_blink_of_the_system_is_not_kept_as_a_failure(toy, capfd, monkeypatch):
+    """A folder that comes back costs nothing; one that does not stops the run, and another goes on.
+    A file that failed is tried again."""
+    tones = range(100, 500, 10)
+    for hz in tones:
+        write_tones(f"music/{hz}.wav", hz, seconds=1)
+    argv = "--vocabulary", "long", vocabulary("words.txt", *tones), 1, 1, "--out"
+    run_label(*argv, "whole.jsonl")
+    load, calls, away = train.load_audio, [], Path("away")
+
+    def blinking(path, *args):
+        calls.append(path)
+        if len(calls) == 35:
+            Path("music").rename(away)
+            comes_back and threading.Timer(0.2, lambda: away.rename("music")).start()
+        return load(path, *args)
+
+    monkeypatch.setattr(train, "load_audio", blinking)
+    monkeypatch.setattr(train, "WAITS", (0.1, 0.4))
+    for comes_back in (True, False):
+        calls.clear()
+        if comes_back:
+            run_label(*argv, "blink.jsonl")
+        else:
+            err = exits(capfd, label.main, "music", "--audio-embedder", "toy:audio", *argv,
+                        "gone.jsonl", "--text-embedder", "toy:text").splitlines()
+            assert "wav: No such file" in err[-1] and "ETA" not in err[-1]
+            away.rename("music")
+            run_label(*argv, "gone.jsonl")
+    for out in ("blink.jsonl", "gone.jsonl"):
+        assert Path(out).read_bytes() == Path("whole.jsonl").read_bytes()
+    good, stat = Path("music/200.wav").read_bytes(), os.stat("music/200.wav")
+    soundfile.write("music/200.wav", np.full(2_000, np.nan), 2_000, "FLOAT")
+    for n in (39, 40):  # then it is mended, and nobody can tell from its time
+        os.utime("music/200.wav", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        Path("bad.jsonl").unlink(missing_ok=True)
+        run_label(*argv, "bad.jsonl")
+        assert len(json_lines("bad.jsonl")) == n
+        Path("music/200.wav").write_bytes(good)
+    assert Path("bad.jsonl").read_bytes() == Path("blink.jsonl").read_bytes()
+    with train.lock(Path("blink.jsonl.work/lock")):
+        Path("blink.jsonl").unlink()
+        err = exits(capfd, label.main, "music", "--audio-embedder", "toy:audio", *argv,
+                    "blink.jsonl", "--text-embedder", "toy:text")
+        assert f"process {os.getpid()} on" in err
 
 
 def test_what_has_changed_is_embedded_anew(toy):
@@ -312,19 +367,20 @@ def test_float16_embeddings_are_numbers_however_long(toy):
 
 
 def test_odd_captions_names_and_links(toy, capfd):
-    """U+2028 and U+0085 end a line for str.splitlines. A name that is not UTF-8 is skipped with a
-    remark. a/link/../music is not a/music."""
+    """U+2028 and U+0085 end a line for str.splitlines. A name need not be UTF-8. a/link/../music is
+    not a/music."""
     odd = "naïve\u2028 音楽 \x85 🎹 tone of 400 Hz"
     Path("words.txt").write_text(f"{odd}\na tone of 900 Hz\n", "utf-8")
     write_tones("music/é.wav", 400, title="one\u2029two")
     os.rename(write_tones(toy / "b.wav", 400), os.fsencode(toy) + b"/music/\xff.wav")
     (toy / "far/away").mkdir(parents=True), (toy / "link").symlink_to(toy / "far/away")
     run_label("--vocabulary", "long", "words.txt", 1, 1, "--out", "link/captions.jsonl")
-    assert ".wav: " in (err := capfd.readouterr().err) and "; skipped\n" in err
-    (track,) = train.read_tracks(toy / "link", needs_text=True)
+    assert "skipped" not in capfd.readouterr().err
+    track, other = sorted(train.read_tracks(toy / "link", needs_text=True))
+    assert other.path.samefile(os.fsdecode(b"music/\xff.wav")) and other.long == (odd,)
     assert track.long == (odd,) and track.short == ("one\u2029two",)
     assert track.path.samefile(toy / "music/é.wav")
-    assert [e["prompt"] for e in sample.read_prompts(Path("link/captions.jsonl"))] == [odd]
+    assert [e["prompt"] for e in sample.read_prompts(Path("link/captions.jsonl"))] == [odd] * 2
 
 
 # ---- corpora.py: Secs. 3.5 and 4.3.3, App. D ----

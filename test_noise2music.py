@@ -2146,7 +2146,8 @@ def test_the_models_in_demo():
 
 @pytest.mark.parametrize("data, right", [
     ("a\r\nb\u2028c\x85d\n".encode(), ["a", "b\u2028c\x85d"]), (b"\xef\xbb\xbfa\n\n", ["a", ""]),
-    ("a\nb".encode("utf-16"), ":1: is not UTF-8 but, it seems, UTF-16"), (b"a\nb\0", ":2: .*UTF-16"),
+    ("a\nb".encode("utf-16"), ":1: is not UTF-8 but, it seems, UTF-16"),
+    (b"a\nb\0", ":2: .*UTF-16"),
     ("a\ncaf\xe9\n".encode("latin-1"), ":2: .*Latin-1"), (b"\xed\xa0\x80", ":1: ")])
 def test_lines_are_utf8_and_end_in_newlines_only(tmp_path, data, right):
     path = tmp_path / "x.txt"
@@ -2438,7 +2439,8 @@ def test_settings_name_the_weights_and_the_json_its_wav(tmp_path, runs, capfd):
 
 def test_programs_of_many_lengths_are_dropped(tmp_path, runs, monkeypatch):
     dropped, prompts = [], tmp_path / "prompts.txt"
-    prompts.write_text("".join(f'{{"prompt": "slow", "seconds": {1 + n // 2}}}\n' for n in range(20)))
+    prompts.write_text("".join(f'{{"prompt": "slow", "seconds": {1 + n // 2}}}\n'
+                               for n in range(20)))
     monkeypatch.setattr(jax, "clear_caches", lambda: dropped.append(1))
     monkeypatch.setattr(sample, "run_job", lambda *_: None)
     run_sample("--prompts", prompts, "-o", tmp_path, "--models", runs)

@@ -421,8 +421,8 @@ def test_vocabularies_of_the_raters(toy, capfd):
     Path("musiccaps-public.csv").write_text(MUSICCAPS)
     label.main(["vocabulary", "raters", "musiccaps-public.csv", "-o", "v"])
     assert capfd.readouterr().out == (
-        "v/rater_lf.txt and v/rater_sf.txt: 2 captions (10,028 in the paper), 4 sentences (35,333), "
-        "of them 3 different; 3 different tags (23,906)\n")
+        "v/rater_lf.txt and v/rater_sf.txt: 2 captions (10,028 in the paper), 4 sentences (35,333)"
+        ", of them 3 different; 3 different tags (23,906)\n")
     captions = lambda name: label.read_vocabulary("long", f"v/{name}", 1, 1).captions
     assert captions("rater_lf.txt") == ['This is "pop", feat. X.', "It is slow.", "The end."]
     assert captions("rater_sf.txt") == ["low quality", "50's pop", "slow"]
@@ -437,8 +437,8 @@ def test_a_language_model_is_asked_and_its_answers_are_cleaned(toy, capfd):
     assert [line["prompt"] for line in asked] == [
         '"One" by A: It is slow.\n"Up {artist}, Up" by Ann & Bo:',
         '"One" by A: It is slow.\n"Happy" by The Cat:']
-    said = ["The song has a happy mood. Bo sings up high. Up, up {artist} up and away it goes. It is "
-            "slow. It is good and it is",
+    said = ["The song has a happy mood. Bo sings up high. Up, up {artist} up and away it goes. It "
+            "is slow. It is good and it is",
             "The song has a happy mood! A song by the cat on drums. It is Happy with many strings. "
             "Happy drums play and " + "la " * 37 + "end.\nIt goes on to another song."]
     lines = [json.dumps(line | {"answer": answer}) for line, answer in zip(asked, said)]
@@ -446,8 +446,8 @@ def test_a_language_model_is_asked_and_its_answers_are_cleaned(toy, capfd):
     label.main(["vocabulary", "answers", "answers.jsonl"])
     assert Path("vocabularies/lamda_lf.txt").read_text() == "The song has a happy mood.\n"
     assert capfd.readouterr().out.splitlines()[1] == (
-        "vocabularies/lamda_lf.txt: 1 sentences (4 million in the paper); dropped: 4 with a title or "
-        "artist, 2 too short or long, 1 after the first line, 1 cut off, 1 there already")
+        "vocabularies/lamda_lf.txt: 1 sentences (4 million in the paper); dropped: 4 with a title "
+        "or artist, 2 too short or long, 1 after the first line, 1 cut off, 1 there already")
 
 
 SEGMENTS = """\
@@ -736,7 +736,7 @@ def test_tables_5_and_6_in_the_papers_layout(toy, capfd):
 
 
 def test_figures_2_and_3_of_a_sweep(toy, monkeypatch):
-    """FAD against similarity along guidance and schedules; both against the time, along the steps."""
+    """FAD against similarity along guidance and schedules; both against time, along the steps."""
     figure = pytest.importorskip("matplotlib.figure", reason="matplotlib draws (extra plot)").Figure
     points = [("generator", {"cfg_scale": w}) for w in (1, 2, 5)]
     points += [("generator", {"step_schedule": k, "steps": 8}) for k in ("uniform", "back_heavy")]
@@ -746,7 +746,8 @@ def test_figures_2_and_3_of_a_sweep(toy, monkeypatch):
              for n, (model, changes) in enumerate([(None, {}), *points])]
     Path("s.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     drawn, savefig = [], figure.savefig
-    monkeypatch.setattr(figure, "savefig", lambda f, *a, **k: drawn.append(f) or savefig(f, *a, **k))
+    save = lambda f, *a, **k: drawn.append(f) or savefig(f, *a, **k)
+    monkeypatch.setattr(figure, "savefig", save)
     evaluate.main(["plot", "s.jsonl"])
     assert all(Path(f"s-figure-{n}.png").stat().st_size > 5_000 for n in (2, 3))
     curves = [[(line.get_label(), line.get_xydata().tolist()) for line in ax.get_lines()]
@@ -900,25 +901,31 @@ REFUSALS = [(script, f"{start} {argv}", words) for script, start, rows in [
     ("label", "music", {"": "give a --vocabulary, or --high-quality",
                         "--vocabulary long ok.txt": "--vocabulary needs an --audio-embedder"}),
     ("label", "vocabulary", {
-        "": "vocabulary --help", "raters a b": "raters takes a file", "songs csv.csv": "SONGS.csv TEMPL",
-        "raters csv.csv": "csv.csv: lacks aspect_list, caption; give the file as its makers publish",
+        "": "vocabulary --help", "raters a b": "raters takes a file",
+        "songs csv.csv": "SONGS.csv TEMPL",
+        "raters csv.csv": "csv.csv: lacks aspect_list, caption; give the file as its makers pub",
         "raters aspects.csv": "aspects.csv: row 1: aspect_list is not a list of tags",
-        "songs csv.csv words.txt": "words.txt: says nowhere {title}", "raters zero.npy": "no rows in it",
+        "songs csv.csv words.txt": "words.txt: says nowhere {title}",
+        "raters zero.npy": "no rows in it",
         "answers words.txt": "words.txt:1: not a JSON object with title, artist, answer",
         "answers told/captions.jsonl": "captions.jsonl:1: not a JSON object"}),
     ("label", "audioset music", {
-        "csv.csv": "class_labels_indices.csv", "bad/csv.csv": "csv.csv:1: not a YouTube id, a start"}),
-    ("evaluate", "prompts", {"mtat csv.csv": "csv.csv: lacks clip_id, mp3_path;", "": "prompts --help",
+        "csv.csv": "class_labels_indices.csv",
+        "bad/csv.csv": "csv.csv:1: not a YouTube id, a start"}),
+    ("evaluate", "prompts", {"": "prompts --help",
+                             "mtat csv.csv": "csv.csv: lacks clip_id, mp3_path;",
                              "mtat mtat.csv --clips music": "music: holds none of the 1 clips",
                              "audioset bad/csv.csv --clips absent": "absent: no such folder"}),
     ("evaluate", "", {"": "command", "score": "'score'"}),
     ("evaluate", "tables musiccaps", {
         "told music --embedder VGG": "VGG.npy: No such file", "told music": "--embedder",
         "told music --embedder VGG=toy:absent": "no attribute 'absent'"}),
-    ("evaluate", "plot", {"words.txt": "words.txt:1: not a JSON object", "zero.npy": "no points of a sw"}),
+    ("evaluate", "plot", {"words.txt": "words.txt:1: not a JSON object",
+                          "zero.npy": "no points of a sw"}),
     ("listen", "", {
         "music": "give two folders or more", "told music told": "each once",
-        "told bad": "hold [2, 1] clips", "csv.json": "csv.json: not what the page saves", "absent told": "absent: no such folder"}),
+        "told bad": "hold [2, 1] clips", "csv.json": "csv.json: not what the page saves",
+        "absent told": "absent: no such folder"}),
     ("evaluate", "scores", {
         "wide.npy x.npy": "the generated embeddings are 3 wide, the reference's 4",
         "nan.npy x.npy": "not all of them numbers",
@@ -963,7 +970,8 @@ def test_tools_refuse_in_one_line(toy, runs, capfd, script, argv, words):
     vocabulary("words.txt", 1, 2, 3), Path("gap.txt").write_text("a\n\nc\n")
     np.savez("both.npz", np.ones(2), np.ones(2)), Path("text.npz").write_text("text")
     zipfile.ZipFile("member.npz", "w").writestr("readme.txt", "text")
-    for name, content in {"csv": "title,artist\n", "bad/csv": "", "aspects": "caption,aspect_list\n",
+    for name, content in {"csv": "title,artist\n", "bad/csv": "",
+                          "aspects": "caption,aspect_list\n",
                           "bad/class_labels_indices": "mid,display_name\n",
                           "mtat": "clip_id\ttag\tmp3_path\n2\t1\ta.mp3\n"}.items():
         Path(f"{name}.csv").write_text(content + ("x,y\n" if "mtat" not in name else ""))

@@ -432,7 +432,7 @@ def torch_unet(torch, p, cfg, x_t, t, c, text_on):
 UNETS = {  # the last has strides of 1, and at the bottom fewer frames than taps
     "text and low_fi": small_unet(blocks=(2, 1)),
     "aligned": small_unet(in_channels=1, aligned_channels=5, strides=(2, 3), blocks=(1, 1),
-                          **NO_TEXT),
+                          kernel_size=4, **NO_TEXT),
     "low_fi": small_unet(strides=(1, 6), channels=(1, 3), blocks=(1, 1), kernel_size=15, **NO_TEXT),
 }
 each_unet = pytest.mark.parametrize("kind", UNETS)
@@ -471,6 +471,7 @@ def all_close_relative(actual, expected, rtol=1e-4):
 
 @reference
 @each_unet
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_unet_against_torch(kind):
     """Values and gradients, with random parameters everywhere."""
     torch = pytest.importorskip("torch", reason="the U-Net is compared with torch's own layers")
@@ -917,16 +918,22 @@ CAPTIONS = [
     "A slow, melancholic piano ballad with warm strings and a soft female voice.",
     "Energetic techno at 140 BPM: distorted kick, acid bass, sparse hi-hats",
     "Musique électronique française, très douce; ça va bien — à l'été, naïve & cœur",
-    "ρεμπέτικο με μπουζούκι", "Русская народная песня с балалайкой", "一首节奏明快的电子舞曲",
-    "音楽は静かで美しいピアノ曲です", "موسيقى عربية هادئة مع العود", "느린 피아노 음악",
-    "धीमा भारतीय शास्त्रीय संगीत सितार के साथ",
+    "ρεμπέτικο με μπουζούκι", "Русская народная песня",
+    "一首节奏明快的电子舞曲", "音楽は静かで美しいピアノ曲です",
+    "موسيقى عربية هادئة مع العود", "느린 피아노 음악",
+    "धीमा भारतीय शास्त्रीय संगीत",
     "</s> <pad> <unk> <extra_id_0> are words, and/or not <s> 1234567890 #$%^*()[]{}|\\"]
 ORDINARY = CAPTIONS[:-1] + [
     "", " ", "      ", "a", "  leading and trailing   ", "many    spaces     between",
     "tabs\tand\nnewlines\r\n here\t", "nbsp\u00a0thin\u2009ideographic\u3000space",
-    "zero\u200bwidth\u200djoiner\ufeff", "soft\u00adhyphen", "🎵 emoji 🎹🎹 family 👨‍👩‍👧 flag 🇫🇷",
-    "e\u0301 combining a\u030a\u0323 z\u0335\u0321", "ｆｕｌｌ　ｗｉｄｔｈ１２３！", "ﬁne ½ ² ™ Å",
-    "Ω ẞ ß İ ı ǅ", "العربيةEnglishमिला", "ไทย ພາສາລາວ ქართული ሙዚቃ", "𝔅𝔩𝔞𝔠𝔨 𝕄𝕖𝕥𝕒𝕝",
+    "zero\u200bwidth\u200djoiner\ufeff", "soft\u00adhyphen",
+    "🎵 emoji 🎹🎹 family 👨‍👩‍👧 flag 🇫🇷",
+    "e\u0301 combining a\u030a\u0323 z\u0335\u0321",
+    "ｆｕｌｌ　ｗｉｄｔｈ１２３！",
+    "ﬁne ½ ² ™ Å", "Ω ẞ ß İ ı ǅ",
+    "العربيةEnglishमिला",
+    "ไทย ພາສາລາວ ქართული ሙዚቃ",
+    "𝔅𝔩𝔞𝔠𝔨 𝕄𝕖𝕥𝕒𝕝",
     "\u202eright to left\u202c", "a/b\\c\"d'e`f", "UPPER lower MiXeD", "...!!!???", "12,345.678e-9",
     "line\u2028separator\u2029paragraph", "control\x01\x02\x1f\x7fcharacters",
     "x" * 300, "jazz " * 2000, "音" * 500, "\U0010ffff\ufffe", "a\ufffdb"]
@@ -1106,7 +1113,8 @@ def test_tokens_are_counted_and_cut(t5, without_bytes):
     for arguments in (("a string", 8), (["a"], 0)):
         with pytest.raises(ValueError, match="list"):
             tokenize(t5, *arguments)
-    counts = [count_tokens(without_bytes, text) for text in ("ሙዚቃ", "ሙዚቃ ሙዚቃ", "ሙዚቃ bass")]
+    unknown = "ሙዚቃ", "ሙዚቃ ሙዚቃ", "ሙዚቃ bass"
+    counts = [count_tokens(without_bytes, text) for text in unknown]
     assert counts[:2] == [0, 0] and counts[2] == 2 + count_tokens(without_bytes, "bass")
 
 

@@ -25,9 +25,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+programs = tempfile.TemporaryDirectory()  # of all processes
+os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": programs.name} | os.environ
 
-import jax
 import numpy as np
 
 import noise2music as n2m
@@ -66,16 +66,14 @@ def child(script: str, *argv: str):
 
     if left[0]:
         os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
-    jax.config.update("jax_compilation_cache_dir", os.environ["CAMPAIGN_CACHE"])
     n2m.tiny = lambda model: test.small(model.name)
     __import__(script).main(list(argv))
 
 
 def start(script: str, argv, **environment):
-    environment |= os.environ | {"CAMPAIGN_CACHE": test.cache.name}
     return subprocess.Popen([sys.executable, __file__, "child", script, *map(str, argv)],
-                            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            text=True)
+                            env=os.environ | environment, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True)
 
 
 def make_data(folder: Path, n: int):
@@ -116,7 +114,7 @@ def kills(args):
         models = "--models", tmp / "runs", "--seconds", 0.3
         commands = {
             "train": (NAME, "--tiny", "--data", tmp / "data", "--batch-size", 2, "--steps", 400,
-                      "--log-every", 1, "--save-every", 20, "--out", tmp / "out"),
+                      "--seconds", 0.1, "--log-every", 1, "--save-every", 20, "--out", tmp / "out"),
             "label": (tmp / "data", "--vocabulary", "long", tmp / "words.txt", 1, 2, "--out",
                       tmp / "out" / "captions.jsonl", "--audio-embedder", "campaign:audio",
                       "--text-embedder", "campaign:text"),
@@ -138,7 +136,8 @@ def kills(args):
                 writing = not end and rng.random() < 0.5
                 begun, then = True, time.monotonic()
                 process = start(script, [*argv, *resume],
-                                **{"KILL_AT": str(rng.integers(1, 40))} if writing else {})
+                                **{"KILL_AT": str(rng.integers(1, 6 if script == "label" else 40))}
+                                if writing else {})
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(None if end or writing else rng.uniform(1, took))
                 process.kill()
@@ -292,8 +291,8 @@ def long(args):
         make_data(tmp / "data", 5), make_runs(tmp / "runs")
         lengths = [json.dumps({"prompt": WORDS[k % 8], "seconds": 0.3 + k / 20}) for k in range(60)]
         (tmp / "prompts.txt").write_text("\n".join(lengths))
-        argv = [NAME, "--tiny", "--data", tmp / "data", "--batch-size", 2, "--log-every", 1,
-                "--out", tmp / "long", "--save-every", 1000]
+        argv = [NAME, "--tiny", "--data", tmp / "data", "--batch-size", 2, "--seconds", 0.1,
+                "--log-every", 1, "--out", tmp / "long", "--save-every", 1000]
         for goal in (steps // 2, steps):
             process = start("train", [*argv, "--steps", goal, *["--resume"] * (goal == steps)])
             log = tmp / "long" / NAME / "log.jsonl"

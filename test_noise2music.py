@@ -1663,9 +1663,11 @@ def test_learning_rate_of_section_4_1():
 
 
 def test_accumulation_averages_gradients_and_the_ema_warms_up(monkeypatch):
-    """Parts of a batch with the loss of the whole: the same update."""
+    """Parts of a batch with the loss of the whole: the same update. Each has noise of its own."""
     model = small("superresolution_cascader", warmup_steps=0)  # else the first rate is 0
-    monkeypatch.setattr(train, "gradients", lambda params, model, key, batch: (
+    keys = set()
+    monkeypatch.setattr(train, "gradients", lambda params, model, key, batch: keys.add(
+        tuple(jax.random.key_data(key).tolist())) or (
         jax.tree.map(lambda p: jnp.full_like(p, batch.audio.mean()), params),
         (jnp.asarray(batch.audio.mean(1)), jnp.asarray(batch.audio.max(1)))))
     batch = n2m.Batch(np.arange(8.0).reshape(4, 2), n2m.Condition())
@@ -1679,6 +1681,7 @@ def test_accumulation_averages_gradients_and_the_ema_warms_up(monkeypatch):
         old, (state, *_) = begin().params, train.train_step(begin(step), model, 0, batch)
         expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, old, state.params)
         jax.tree.map(partial(close, rtol=1e-5, atol=1e-9), state.ema, expected)
+    assert len(keys) == 4 + 2  # of the parts of step 0, and of two other steps
 
 
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, data, small_models, capfd):

@@ -185,13 +185,15 @@ def serving_mesh(num: int, model_parallel: int, devices=None):
 
 def progress_printer():
     """progress(name, done, N) for `generate`: one line a stage, rewritten on a terminal."""
-    started = {}
+    begin = time.monotonic()  # of a stage: where the one before has ended
 
     def progress(name, done, N):
-        begin, end = started.setdefault(name, time.monotonic()), "\n" if done == N else "\r"
+        nonlocal begin
+        end, now = "\n" if done == N else "\r", time.monotonic()
         if sys.stderr.isatty() or done == N:
-            print(f"  {name}: step {done}/{N}  {time.monotonic() - begin:.0f} s", end=end,
-                  file=sys.stderr, flush=True)
+            print(f"  {name}: step {done}/{N}  {now - begin:.0f} s", end=end, file=sys.stderr,
+                  flush=True)
+        begin = now if done == N else begin
 
     return progress
 

@@ -126,6 +126,7 @@ spectrogram_vocoder 25.7M 840k 0 simplified linear front_heavy 0 None 100 29.9
 superresolution_cascader 81M 270k 0 simplified linear front_heavy 0 None 800 71.7
 """.strip().splitlines()
 NAMES = tuple(row.split()[0] for row in TABLES_2_3_4)
+PAPER_ROUTES = {route: n2m.ROUTES[route] for route in ("waveform", "spectrogram")}
 TABLE_9_AND_SECTIONS_3_3_AND_4_1 = """
 256 7 6 444444 112344 333444 FFFTTT FFFTTT 8 3200 3200 None 2048 30
 256 7 5 44444 11234 33466 FFFFF FFFTT 8 16000 16000 3200 2048 3.2
@@ -145,7 +146,7 @@ each_model = pytest.mark.parametrize("name", NAMES)
 
 
 def test_the_tables_field_by_field():
-    assert tuple(n2m.MODELS) == NAMES
+    assert tuple(n2m.MODELS)[:5] == NAMES
     for (name, m), row, more in zip(n2m.MODELS.items(), TABLES_2_3_4,
                                     TABLE_9_AND_SECTIONS_3_3_AND_4_1):
         u, c, i = m.unet, m.training, m.inference
@@ -848,7 +849,7 @@ def small_weights():
     """All five models, two depths each, random parameters, three steps."""
     weights = {}
     on = dict(self_attention=(False, True), cross_attention=(False, True))
-    for seed, (name, model) in enumerate(n2m.MODELS.items()):
+    for seed, (name, model) in enumerate((name, n2m.MODELS[name]) for name in NAMES):
         fields = ("in_channels", "out_channels", "aligned_channels")
         fields = {field: getattr(model.unet, field) for field in fields}
         text = on if n2m.uses_text(model) else NO_TEXT
@@ -867,7 +868,7 @@ def encode_prompts(prompts, model):
     return n2m.Condition(text=text, text_mask=mask)
 
 
-@pytest.mark.parametrize("route", n2m.ROUTES)
+@pytest.mark.parametrize("route", PAPER_ROUTES)
 def test_clip_i_of_a_seed_is_the_same_whatever_the_batch(route):
     """Clips 0, 1 and clips 1, 2 agree on clip 1, at every stage; without super-resolution too."""
     prompts, done = ["slow piano", "fast drums", "harp"], []
@@ -885,7 +886,7 @@ def test_clip_i_of_a_seed_is_the_same_whatever_the_batch(route):
         assert min(np.abs(x[0] - x[1]).max(), np.abs(x[1] - second[name][1]).max()) > 0.1
 
 
-@pytest.mark.parametrize("route", n2m.ROUTES)
+@pytest.mark.parametrize("route", PAPER_ROUTES)
 @pytest.mark.parametrize("seconds", [1.0, 0.07, 1.1, 0.37002, 0.3732, 30.0])
 def test_every_duration_reaches_every_stage(monkeypatch, route, seconds):
     """Lengths only, by a stage that checks what it is given. 1.1 * 100 is 110.00000000000001.
@@ -1972,7 +1973,8 @@ def test_another_conditioning_input_is_five_places_to_touch(tmp_path, data, monk
         return plain_encode(text_encoder, prompts, model)._replace(tempo=tempi)
 
     fields = [*n2m.Condition._fields, "tempo"]
-    monkeypatch.setattr(n2m, "Condition", namedtuple("Condition", fields, defaults=[None] * 5))
+    mine = namedtuple("Condition", fields, defaults=[None] * len(fields))
+    monkeypatch.setattr(n2m, "Condition", mine)
     monkeypatch.setattr(n2m, "unet_spec", lambda cfg: spec(cfg) | {
         "tempo": n2m.linear_spec(1, 1, ("whole", "whole"))})
     monkeypatch.setattr(n2m, "unet", with_tempo)
@@ -2003,7 +2005,7 @@ def runs(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     t5_encoder.save_t5(out / "t5", t5_encoder.random_t5(["slow piano", "fast drums and bass"], 0))
     mark = t5_encoder.load_text_encoder(out / "t5").fingerprint
-    for name in n2m.MODELS:
+    for name in NAMES:
         (out / name).mkdir()
         metadata = {"seed": 0, "index": 0, "t5": None, "t5_fingerprint": mark}
         train.save_checkpoint(out / name, train.init_state(small(name), 0), small(name), metadata)
@@ -2019,7 +2021,7 @@ def settings_in(folder):
 
 
 def test_a_prompt_becomes_a_wav_by_each_route(tmp_path, runs):
-    for route, names in n2m.ROUTES.items():
+    for route, names in PAPER_ROUTES.items():
         out = tmp_path / route / "music.wav"
         run_sample("slow piano", "-o", out, "--models", runs, "--route", route, "--seconds", 0.7,
                    "--num", 2, "--keep-stages", "--seed", 5)
@@ -2135,7 +2137,7 @@ def test_the_models_in_demo():
     files = sorted(sample.DEMO.rglob("*.safetensors"))
     assert len(files) == 6 and sum(path.stat().st_size for path in files) < 40e6
     text_encoder = t5_encoder.load_text_encoder(sample.DEMO / "t5")
-    for name, full in n2m.MODELS.items():
+    for name, full in ((name, n2m.MODELS[name]) for name in NAMES):
         model, params, metadata = train.load_model(sample.DEMO, name)
         unet = replace(n2m.tiny(full).unet, text_width=model.unet.text_width)
         assert (model.unet, model.inference) == (unet, n2m.tiny(full).inference)

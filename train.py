@@ -124,7 +124,7 @@ def read_tracks(folder: Path, needs_text: bool, manifest: str = "captions.jsonl"
 
     tracks = usable(parse, [(name, line) for name, line in lines if str(line).strip()])
     tracks = [track for track in tracks if track]
-    check(tracks, f"{folder}: no audio with a caption; write {manifest}, or .txt files")
+    check(tracks, f"{folder}: no audio with a caption; put it there, with {manifest} or .txt files")
     return tracks
 
 

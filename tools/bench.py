@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -32,10 +31,11 @@ sys.path.insert(0, str(ROOT))
 import noise2music as n2m
 import plan
 import train
+from plan import median_seconds
 from sample import serving_mesh
 from t5_encoder import check
 
-BATCH, THREADS, REPEATS = 8, 2, 15
+BATCH, THREADS = 8, 2
 
 
 def figure(name: str, **entries):
@@ -50,19 +50,6 @@ def machine() -> str:
              if line.startswith("model name")] if info.exists() else []
     chip = (names or [platform.machine()])[0]
     return f"{chip}, {os.cpu_count()} cores, jax {jax.__version__}, {jax.devices()[0].device_kind}"
-
-
-def alternating(*functions, times=REPEATS) -> list[float]:
-    """The median seconds of each function, called in turn, after two rounds that warm up."""
-    took = []
-    for _ in range(times + 2):
-        row = []
-        for function in functions:
-            begin = time.perf_counter()
-            jax.block_until_ready(function())
-            row.append(time.perf_counter() - begin)
-        took.append(row)
-    return [float(seconds) for seconds in np.median(took[2:], axis=0)]
 
 
 def models(args) -> list[n2m.Model]:
@@ -102,8 +89,6 @@ def torch_case(torch, inputs):
 def network(args):
     """Forward, and a step of training: loss, gradients, Adam and the moving average."""
     import torch
-
-    sys.path.insert(0, str(ROOT))
     from test_noise2music import torch_unet
 
     torch.set_num_threads(THREADS)
@@ -122,7 +107,7 @@ def network(args):
         ours = lambda: forward(params, cfg, x, t, condition, text_on)
         a, b = np.asarray(ours()), forward_torch()
         check(np.abs(a - b).max() < 1e-3 * np.abs(b).max(), f"{model.name}: torch differs")
-        a, b = alternating(ours, forward_torch)
+        a, b = median_seconds(ours, forward_torch)
         figure("forward", model=model.name, over_torch=round(a / b, 3), ms=round(1e3 * a, 1))
 
         loss = lambda params: jnp.mean(n2m.unet(params, cfg, x, t, condition, text_on) ** 2)
@@ -141,7 +126,7 @@ def network(args):
             adam.step()
             torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 0.01)
 
-        a, b = alternating(step, step_torch)
+        a, b = median_seconds(step, step_torch)
         figure("training step", model=model.name, over_torch=round(a / b, 3), ms=round(1e3 * a, 1))
 
 
@@ -157,8 +142,8 @@ def sampler(args):
         both = jax.tree.map(lambda a: jnp.concatenate([a] * twice), (x_t, condition))
         forward, N = jax.jit(n2m.unet, static_argnums=1), model.inference.steps
         call = lambda: forward(params, cfg, both[0], jnp.ones(twice), both[1], jnp.ones(twice))
-        a, b = alternating(lambda: n2m.sample(params, model, condition, keys, x_t.shape[1]),
-                           lambda: [call() for _ in range(N)], times=5)
+        a, b = median_seconds(lambda: n2m.sample(params, model, condition, keys, x_t.shape[1]),
+                              lambda: [call() for _ in range(N)], times=5)
         figure("sampler over its network", model=model.name, ratio=round(a / b, 3), steps=N,
                seconds=round(a, 2), of_audio=seconds)
 
@@ -175,7 +160,7 @@ def decoding(args):
         for kind in ("wav", "flac", "ogg"):
             soundfile.write(path := Path(folder) / f"a.{kind}", np.tile(audio, 3), own)
             seconds = 3 * len(audio) / own
-            took, = alternating(lambda path=path: train.load_audio(path, 0, seconds, rate))
+            took, = median_seconds(lambda path=path: train.load_audio(path, 0, seconds, rate))
             figure("decoding", format=kind, times_real_time=round(seconds / took))
 
 
@@ -195,7 +180,6 @@ def memory(args):
     """A denoising step of each length and number of clips, without the parameters."""
     for model in models(args):
         for num, seconds in [(1, 5), (1, 10), (1, 30), (1, 60), (1, 120), (2, 10), (4, 10)]:
-            model = replace(model, unet=replace(model.unet, dtype="float32"))
             lowered, _ = plan.lower_step(model, serving_mesh(1, 1), num, seconds)
             used = lowered.compile().memory_analysis()
             figure("memory of a step", model=model.name, clips=num, seconds=seconds,

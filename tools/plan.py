@@ -168,21 +168,25 @@ def plan_sampling(args):
             plan(name, lowered, n2m.param_count(model), chip, beside=beside)
 
 
-def seconds_of(run, times=20) -> float:
-    """The median of some runs, after one that warms up. `run` returns what must be waited for."""
+def median_seconds(*functions, times=20) -> list[float]:
+    """Of each function, called in turn, after two rounds that warm up. A function returns what must
+    be waited for."""
     took = []
-    for _ in range(times + 1):
-        begin = time.perf_counter()
-        jax.block_until_ready(run())
-        took.append(time.perf_counter() - begin)
-    return float(np.median(took[1:]))
+    for _ in range(times + 2):
+        row = []
+        for function in functions:
+            begin = time.perf_counter()
+            jax.block_until_ready(function())
+            row.append(time.perf_counter() - begin)
+        took.append(row)
+    return np.median(took[2:], axis=0).tolist()
 
 
 def product_rate(device, n: int) -> float:
     """The operations a second of a bfloat16 matrix product (n, n) x (n, n) on one device."""
     a = jax.device_put(jnp.ones((n, n), jnp.bfloat16), device)
     product = jax.jit(lambda a: a @ a)
-    return 2 * n**3 / seconds_of(lambda: product(a))
+    return 2 * n**3 / median_seconds(lambda: product(a))[0]
 
 
 def measure_here(args):
@@ -213,7 +217,7 @@ def measure_here(args):
             x_t = compiled(params, x_t, condition, keys, 1, updates)
             return x_t
 
-        ms = 1e3 * seconds_of(step)
+        ms = 1e3 * median_seconds(step)[0]
         share = lowered.cost_analysis()["flops"] / (ms / 1e3) / rate
         used = compiled.memory_analysis().temp_size_in_bytes
         beside = f"   Table 4: {n2m.TABLE_4[name]} ms" if name in n2m.TABLE_4 else ""

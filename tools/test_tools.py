@@ -409,8 +409,10 @@ def test_a_caption_is_split_into_sentences(text):
 
 
 MUSICCAPS = """\
-ytid,start_s,end_s,audioset_positive_labels,aspect_list,caption,author_id,is_balanced_subset,is_audioset_eval
--0Gj8-vB1q4,30,40,"/m/0140xf,/m/02cjck","['low quality', ""50's pop"", 'slow']","This is ""pop"", feat. X. It is slow.",4,False,True
+ytid,start_s,end_s,audioset_positive_labels,aspect_list,caption,\
+author_id,is_balanced_subset,is_audioset_eval
+-0Gj8-vB1q4,30,40,"/m/0140xf,/m/02cjck","['low quality', ""50's pop"", 'slow']",\
+"This is ""pop"", feat. X. It is slow.",4,False,True
 AbCdEfGhIjK,0,10,/m/04rlf,"['slow']","It is slow.
 The end.",1,True,False
 """

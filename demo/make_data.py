@@ -19,7 +19,6 @@ electronic formats reserved"). The sound: FluidR3, Frank Wen, MIT licence.
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -33,6 +32,9 @@ import mido
 import numpy as np
 import soundfile
 from music21 import converter, corpus
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from t5_encoder import read_lines, whole_file
 
 SECONDS, RATE = 12, 24_000
 
@@ -183,10 +185,9 @@ def all_pieces(out: Path, pool) -> list[Piece]:
         files = [(path, region) for folder, pattern, region in sources
                  for path in sorted((root / folder).glob(pattern))]
         pieces = [piece for found in pool.map(parse, files, chunksize=8) for piece in found]
-        part = cache.with_suffix(".part")
-        part.write_text("".join(json.dumps(piece) + "\n" for piece in pieces))
-        os.replace(part, cache)
-    return [Piece(*json.loads(line)) for line in cache.read_text().splitlines()]
+        with whole_file(cache) as file:
+            file.write("".join(json.dumps(piece) + "\n" for piece in pieces).encode())
+    return [Piece(*json.loads(line)) for line in read_lines(cache)]
 
 
 def held_out(piece: Piece) -> bool:
@@ -264,9 +265,8 @@ def make_clip(job) -> dict:
     _, program, center = INSTRUMENTS[instrument]
     file = midi(rng, notes, program, center)
     if not path.exists():
-        part = path.with_suffix(".part")
-        soundfile.write(part, render(file, soundfont), RATE, "PCM_16", format="FLAC")
-        os.replace(part, path)
+        with whole_file(path) as flac:
+            soundfile.write(flac, render(file, soundfont), RATE, "PCM_16", format="FLAC")
     return {"audio": path.name, "long": long, "short": short, "instrument": instrument,
             "tempo": tempo, "notes_per_second": round(rate, 2), "piece": piece.id,
             "genre": piece.genre, "region": piece.region}
@@ -284,9 +284,8 @@ def make_split(out: Path, name: str, pieces: list[Piece], n: int, args, pool):
         lines.append(json.dumps(entry) + "\n")
         if len(lines) % 100 == 0 or len(lines) == n:
             print(f"{folder}: {len(lines)}/{n} clips", flush=True)
-    part = folder / "captions.jsonl.part"
-    part.write_text("".join(lines))
-    os.replace(part, folder / "captions.jsonl")
+    with whole_file(folder / "captions.jsonl") as file:
+        file.write("".join(lines).encode())
 
 
 def main():

@@ -80,16 +80,17 @@ def text_of(track) -> str:
         return caption_of(track)
 
 
-def excerpt(track, seconds: float) -> np.ndarray:
+def excerpt(track, seconds: float) -> tuple[np.ndarray, bool]:
     """Sec. 4.3.3: "the middle 10-second portion", at the 16 kHz of Sec. 4.3.1. (samples,)
 
-    Filled up with silence where the clip is shorter.
+    And whether the clip is shorter, and silence fills it up.
     """
     try:
         clip = Clip(track, 0.0, duration_of(track.path))
         clip = clip if track.start is None else track_clips(track)[0]
         start = clip.start + max(0.0, (clip.seconds - seconds) / 2)
-        return load_audio(track.path, start, seconds, n2m.MEL_RATE)
+        audio = load_audio(track.path, start, seconds, n2m.MEL_RATE)
+        return audio, clip.seconds < seconds
     except ValueError as error:
         raise ValueError(f"{track.path}: {reason(error, track.path)}; remove it, and what it is "
                          "paired with") from None
@@ -100,15 +101,19 @@ def evaluation_set(source: Path, spec: str, seconds: float) -> EvaluationSet:
     if source.suffix in (".npy", ".npz"):
         return EvaluationSet(load_embeddings(source), None)
     check(spec, f"{source}: a folder of audio needs an --audio-embedder")
-    function, tracks, parts = load_embedder(spec), clips_of(source), []
+    function, tracks, parts, short = load_embedder(spec), clips_of(source), [], 0
     check(callable(function), f"{spec}: is an array; give it in the place of the folder {source}")
     show = progress(f"{source}: clips embedded", len(tracks))
     for i in range(0, len(tracks), WINDOWS):
         some = patiently(lambda track: excerpt(track, seconds), tracks[i : i + WINDOWS])
         for error in (each for each in some if isinstance(each, Exception)):
             raise error
-        parts.append(embed_audio(function, spec, np.stack(some)))
+        parts.append(embed_audio(function, spec, np.stack([audio for audio, _ in some])))
+        short += sum(is_short for _, is_short in some)
         show(i + len(some))
+    if short:
+        warn(f"{source}: {short} of {len(tracks)} clips are shorter than {seconds:g} s, and filled "
+             "up with silence")
     texts = [text_of(track) for track in tracks]
     return EvaluationSet(np.concatenate(parts), texts if all(texts) else None)
 
@@ -276,10 +281,10 @@ def sweep(args):
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
                 if v not in (None, False) and k != "out"}
     settings |= {"crc32": identity}
-    done = read_log(args.out)
-    check(all(entry.get("settings") == settings for entry in done),
-          f"{args.out}: points of other settings; name another -o")
     with lock(args.out.with_suffix("") / "lock"):
+        done = read_log(args.out)
+        check(all(entry.get("settings") == settings for entry in done),
+              f"{args.out}: points of other settings; name another -o")
         for n, (name, changes) in list(enumerate(points, 1))[len(done) :]:
             changed = dict(weights)
             if name:

@@ -44,7 +44,7 @@ def page(args):
 
     def address(track) -> str:
         flac = io.BytesIO()  # loses nothing, and browsers play it
-        soundfile.write(flac, excerpt(track, args.excerpt), n2m.MEL_RATE, format="FLAC")
+        soundfile.write(flac, excerpt(track, args.excerpt)[0], n2m.MEL_RATE, format="FLAC")
         return "data:audio/flac;base64," + base64.b64encode(flac.getvalue()).decode()
 
     data = {"sources": [str(folder) for folder in args.sources], "prompts": prompts,

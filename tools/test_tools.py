@@ -629,10 +629,12 @@ def test_the_excerpt_is_the_middle(toy, capfd):
                               "--excerpt", seconds)
         similarity = result["similarity"]["generated audio"]["gt-audio"]
         close([similarity, result["fad"]], [1, 0], atol=1e-6)
-    audio = evaluate.excerpt(train.read_tracks(folder, False)[0], 12)  # 1 s, 10 s of tone, 1 s
+    audio, short = evaluate.excerpt(train.read_tracks(folder, False)[0], 12)  # 1 s, 10 of tone, 1
+    assert not short
     peaks = np.abs(audio.reshape(120, 1_600)).max(axis=1)  # each 0.1 s
     assert max(peaks[:9].max(), peaks[111:].max()) < 0.02 and peaks[11:109].min() > 0.29
-    audio = evaluate.excerpt(train.Track(write_tones(toy / "d.wav", 400, seconds=2), (), ()), 10)
+    audio, short = evaluate.excerpt(train.Track(write_tones(toy / "d.wav", 400, seconds=2)), 10)
+    assert short
     peaks = np.abs(audio.reshape(100, 1_600)).max(axis=1)
     assert peaks[:19].min() > 0.29 and peaks[21:-1].max() < 0.02  # the resampling is circular
 
@@ -781,7 +783,7 @@ def test_a_page_to_listen_to_holds_all_of_it(toy, capfd):
     kind, flac = page["clips"][1][0].split(",")
     audio, rate = soundfile.read(io.BytesIO(base64.b64decode(flac)))
     assert kind == "data:audio/flac;base64" and rate == 16_000
-    close(audio, evaluate.excerpt(train.Track(Path("out/0000.wav")), 2), atol=1e-4)
+    close(audio, evaluate.excerpt(train.Track(Path("out/0000.wav")), 2)[0], atol=1e-4)
 
 
 def test_wins_are_counted_as_table_7_counts_them(toy, capfd):
@@ -944,13 +946,13 @@ REFUSALS = [(script, f"{start} {argv}", words) for script, start, rows in [
         "ok.npy ok.npy --text-embedder nan.npy": "nan.npy: text embeddings that are not numbers",
         "x.npy x.npy --excerpt 0": "--excerpt", "x.npy x.npy --excerpt nan": "--excerpt",
         "x.npy x.npy --seed -1": "--seed"}),
-    ("evaluate", "sweep music --models runs", {
+    ("evaluate", "sweep music --models runs --excerpt 1", {
         "": "needs an --audio-embedder",
         "--audio-embedder toy:audio": "not every clip has a caption; give the prompts",
         "-o s.json": "-o takes the name of a .jsonl", "--limit 1": "--limit",
         **{f"--seconds {s}": "--seconds" for s in (-1, 0, "nan")},
         "--audio-embedder toy:audio --prompts absent": "absent"}),
-    ("evaluate", "sweep told --models music --audio-embedder toy:audio", {
+    ("evaluate", "sweep told --models music --audio-embedder toy:audio --excerpt 1", {
         "": "no trained waveform_generator"}),
     ("plan", "", {"v5:2x2x1": "is not KIND:AxBxC", "v4:2x2x1 --num 0": "--num",
                   "v4:2x2x1 --only x": "--only"}),

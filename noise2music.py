@@ -529,16 +529,27 @@ def attention_spec(cfg: UNetConfig, c, c_kv):
     }
 
 
+def attend(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(K)) v of each head: q (B, H, T, K), k and v (B, H, L, K), mask (B, L).
+
+    numerics: as a matrix product for each head, in float32 from the scores to the softmax; where
+    time is long, for some of the queries after the others."""
+    if q.shape[2] * k.shape[2] > 2**22:
+        return long_attend(q, k, v, mask)
+    q = q / math.sqrt(q.shape[3])
+    scores = jnp.matmul(q, k.mT, preferred_element_type=jnp.float32)  # (B, H, T, L)
+    scores = scores if mask is None else jnp.where(mask[:, None, None], scores, -1e30)
+    return jax.nn.softmax(scores).astype(v.dtype) @ v
+
+
 def attention(p, cfg: UNetConfig, x, kv=None, mask=None):
     """Multi-head attention of x (B, T, C) on kv (B, L, E), or on itself. choice: no positions."""
     h = group_norm(p["norm"], x, cfg.groups)  # choice: normalised before attention and feed-forward
     h = h.reshape(h.shape[0], -1, h.shape[-1])  # (B, T, C): pieces joined
     kv = h if kv is None else kv
-    heads = lambda y: y.reshape(*y.shape[:2], cfg.attention_heads, cfg.head_width)
-    q = heads(linear_layer(p["q"], h))  # (B, T, H, K)
-    k, v = heads(linear_layer(p["k"], kv)), heads(linear_layer(p["v"], kv))  # (B, L, H, K)
-    mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, L)
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask)  # (B, T, H, K)
+    heads = lambda y: y.reshape(*y.shape[:2], cfg.attention_heads, -1).swapaxes(1, 2)
+    q, k, v = (heads(linear_layer(p[name], y)) for name, y in (("q", h), ("k", kv), ("v", kv)))
+    y = attend(q, k, v, mask).swapaxes(1, 2)  # (B, H, T, K) -> (B, T, H, K)
     return linear_layer(p["out"], y.reshape(*x.shape[:-1], -1))  # (B, T, H K) -> (B, T, C)
 
 
@@ -1066,6 +1077,13 @@ def unusual_conv1d(p, x, padding):
     axes = ("NWC", "WIO", "NWC")
     y = lax.conv_general_dilated(folded, p["w"], (1,), "VALID", dimension_numbers=axes)
     return y.reshape(*x.shape[:2], t, -1) + p["b"]  # (B, P, T / P, C_out)
+
+
+def long_attend(q, k, v, mask):
+    """`attend` of 2^19 / L queries at a time: memory grows with T, not with its square."""
+    one = lambda q_t: attend(q_t[:, :, None], k, v, mask)[:, :, 0]  # (B, H, K)
+    y = lax.map(one, jnp.moveaxis(q, 2, 0), batch_size=max(1, 2**19 // k.shape[2]))
+    return jnp.moveaxis(y, 0, 2)
 
 
 @jax.jit

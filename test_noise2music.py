@@ -614,6 +614,23 @@ def test_init_has_the_declared_shapes_and_starts_as_zero_noise():
     close(y, x, atol=1e-6)
 
 
+@pytest.mark.parametrize("T, L", [(13, 7), (1500, 3001)], ids=("plain", "long"))
+def test_attend_is_that_of_jax_nn(T, L):
+    """Also of so many queries that they are taken a part at a time, the last part smaller; also its
+    gradients; a clip without a token gets the average."""
+    q, k, v = normal(3, 2, T, 5), normal(3, 2, L, 5, seed=1), normal(3, 2, L, 5, seed=2)
+    mask = np.arange(L) < np.array([[L], [L // 3], [0]])
+    heads_last = lambda *arrays: [a.swapaxes(1, 2) for a in arrays]
+    plain = lambda q, k, v, mask: jax.nn.dot_product_attention(
+        *heads_last(q, k, v), mask=mask[:, None, None]).swapaxes(1, 2)
+    for allowed in (mask, mask | True):
+        close(n2m.attend(q, k, v, allowed), plain(q, k, v, allowed), atol=1e-5)
+    close(n2m.attend(q, k, v), plain(q, k, v, mask | True), atol=1e-5)
+    of = lambda f: jax.grad(lambda *qkv: jnp.sum(f(*qkv, mask) ** 2), argnums=(0, 1, 2))(q, k, v)
+    for ours, theirs in zip(of(n2m.attend), of(plain)):
+        close(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
 LENGTHS_OF_30_S = dict(zip(NAMES, (98_304, 480_256, 3_072, 480_000, 720_128)))
 
 

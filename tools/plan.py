@@ -4,6 +4,7 @@
     pip install "jax[tpu]"                                    # brings the compiler for the rest
     python tools/plan.py v4:2x2x1                             # Table 4: a step of each model
     python tools/plan.py v4:2x2x1 --only spectrogram_vocoder
+    JAX_OPTIMIZATION_LEVEL=O1 python tools/plan.py v4:2x2x1   # compiled in a third of the time
     python tools/plan.py v4:4x4x4 --train waveform_generator --batch-size 2048
 
 Compiles the programs that sample.py and train.py run. For a TPU, their time is an estimate from the

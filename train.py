@@ -176,8 +176,9 @@ def open_audio(path: Path):
                     file.seekable = lambda: False  # no header to believe, or to seek by
                 yield file
         except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+            os.stat(path)  # an OSError, if the file was away when libsndfile opened it again,
             while bytes_of.read(2**20):
-                pass  # an OSError, if that is why
+                pass  # or if it cannot be read
             raise ValueError(f"{path}: {getattr(error, 'error_string', error)}") from None
 
 

@@ -295,7 +295,9 @@ def test_clips_without_an_embedding_are_left_out(toy, capfd):
     assert [*got[2]] == ["good", "silent", "well"]
 
 
-def test_a_blink_of_the_system_is_not_kept_as_a_failure(toy, capfd, monkeypatch):
+@pytest.mark.parametrize("of, name, at", [(train, "load_audio", 35),  # before a file is opened;
+                                          (soundfile, "SoundFile", 115)])  # between its two openings
+def test_a_blink_of_the_system_is_not_kept_as_a_failure(toy, capfd, monkeypatch, of, name, at):
     """A folder that comes back costs nothing; one that does not stops the run, and another goes on.
     A file that failed is tried again."""
     tones = range(100, 500, 10)
@@ -303,16 +305,16 @@ def test_a_blink_of_the_system_is_not_kept_as_a_failure(toy, capfd, monkeypatch)
         write_tones(f"music/{hz}.wav", hz, seconds=1)
     argv = "--vocabulary", "long", vocabulary("words.txt", *tones), 1, 1, "--out"
     run_label(*argv, "whole.jsonl")
-    load, calls, away = train.load_audio, [], Path("away")
+    plain, calls, away = getattr(of, name), [], Path("away")
 
     def blinking(path, *args):
         calls.append(path)
-        if len(calls) == 35:
+        if len(calls) == at:
             Path("music").rename(away)
             comes_back and threading.Timer(0.2, lambda: away.rename("music")).start()
-        return load(path, *args)
+        return plain(path, *args)
 
-    monkeypatch.setattr(train, "load_audio", blinking)
+    monkeypatch.setattr(of, name, blinking)
     monkeypatch.setattr(train, "WAITS", (0.1, 0.4))
     for comes_back in (True, False):
         calls.clear()

@@ -4,7 +4,7 @@
     python demo/make_data.py data                       # once
     python demo/check.py prompts prompts.jsonl          # 216: 72 triples of slow, medium, fast
     python sample.py --prompts prompts.jsonl --route waveform --no-superres -o check-waveform
-    python demo/check.py clips data check-waveform      # instruments, tempi, FAD, levels
+    python demo/check.py clips data check-waveform      # instruments, tempi, FAD, levels, rests
     python demo/check.py stages data                    # each stage alone, on held-out pieces
     python demo/check.py picture reel.wav reel.png      # its mel spectrogram
 
@@ -25,6 +25,7 @@ import librosa
 import librosa.display
 import matplotlib
 import numpy as np
+import soundfile
 from matplotlib import pyplot
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -145,6 +146,59 @@ def levels(clips) -> dict:
     return {name: [low[i], middle[i], high[i]] for i, name in enumerate(names)}
 
 
+# ---- What is heard where nothing is played ----
+
+QUIET = 20  # dB below the loudest frame of a clip
+
+
+def stride_tones(route: str, rate: int) -> list[float]:
+    """Hz, in audio at `rate`: the rates of the U-Nets' outer layers, which leave a tone there."""
+    models = [n2m.tiny(n2m.MODELS[name]) for name in n2m.ROUTES[route]]
+    found = {model.rate / stride for model in models if not n2m.writes_log_mel(model)
+             for stride in np.cumprod(model.unet.strides[:2])}
+    return sorted({k * hz for hz in found for k in (1, 2, 3) if k * hz < rate / 2 - 40})
+
+
+def frames_of(audio, size: int):
+    """Frames of `size` samples, a quarter of it apart, (size, F), and their levels in dB, (F,)."""
+    frames = librosa.util.frame(audio, frame_length=size, hop_length=size // 4)
+    return frames, 10 * np.log10(np.mean(frames**2, axis=0) + 1e-12)
+
+
+def tones_in_rests(audio, rate: int, frequencies, size: int = 8192):
+    """dB by which a line at each frequency stands above the 40 Hz around it, where a clip is QUIET
+    for 4 frames; None of a clip that is not.
+
+    Of the spectrum in dB, the median over those frames: the highest of the 3 bins of a line less
+    the median of those around. The highest of three bins of plain noise is 2 dB above it.
+    """
+    frames, level = frames_of(audio, size)
+    quiet = level <= level.max() - QUIET
+    if quiet.sum() < 4:
+        return None
+    power = np.abs(np.fft.rfft(frames[:, quiet] * np.hanning(size)[:, None], axis=0))
+    spectrum = np.median(20 * np.log10(power + 1e-6), axis=1)
+    side = np.arange(3, round(20 * size / rate) + 1)
+    return [spectrum[k - 1 : k + 2].max() - np.median(spectrum[np.r_[k - side, k + side]])
+            for k in np.round(np.multiply(frequencies, size / rate)).astype(int)]
+
+
+def rests(paths, route: str) -> dict:
+    """Tones at the strides' frequencies, and how far a tenth of a clip is below its loudest: the
+    medians of all clips with rests."""
+    rate = soundfile.info(paths[0]).samplerate
+    frequencies, found, floor = stride_tones(route, rate), [], []
+    for audio in (load(path, rate) for path in paths):
+        tones, (_, level) = tones_in_rests(audio, rate, frequencies), frames_of(audio, 1024)
+        if tones:
+            found.append(tones)
+            floor.append(np.percentile(level, 10) - level.max())
+    if not found:
+        return {"clips": 0}
+    tones = {f"{hz:g} Hz": float(dB) for hz, dB in zip(frequencies, np.median(found, 0).round(1))}
+    return {"clips": len(found), "tone_dB": tones, "noise_dB": float(np.median(floor).round(1))}
+
+
 def clips(args):
     paths = sorted(args.clips.glob("*.wav"))
     instruments = np.array([instrument_of(int(path.stem)) for path in paths])
@@ -182,6 +236,7 @@ def clips(args):
         "fad_of_a_second_real_half": fads(y[:half], held_names[:half], y[half:], held_names[half:]),
         "levels": levels(made),
         "levels_of_heldout": levels(kept),
+        "rests": rests(paths, json.loads(paths[0].with_suffix(".json").read_text())["route"]),
     }
     print(json.dumps(result, indent=1))
 

@@ -1184,7 +1184,7 @@ TINY = dict(              # base kernel strides     channels       blocks       
     waveform_generator=       (32, 7, (4,4,4,4,4,4), (1,1,2,3,4,4), (1,1,3,3,1,0), 0.0,  64,  200),
     waveform_cascader=        (32, 7, (4,4,4,4,4),   (1,2,3,3,2),   (1,1,1,1,1),   0.05, 24, 1000),
     spectrogram_generator=    (96, 5, (2,4,3,2,2),   (2,3,2,1,1),   (2,1,1,1,0),   0.0,  64, None),
-    spectrogram_vocoder=      (32, 5, (5,4,4,2),     (2,4,7,8),     (1,2,2,2),     0.06, 24, 3200),
+    spectrogram_vocoder=      (32, 5, (5,4,4,2),     (2,4,7,8),     (1,2,2,2),     0.06, 24,  800),
     superresolution_cascader= (32, 7, (4,4,4,4),     (1,1,2,2),     (1,1,1,1),     0.02, 24, 6000),
 )
 # fmt: on

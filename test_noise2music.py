@@ -540,7 +540,8 @@ def test_a_tpu_is_given_clips_in_pieces(monkeypatch):
     whole = run()
     for n, kind in ((3, "TPU v4"), (1, "TPU v5p"), (3, "NVIDIA H100")):  # 1 and 3 rows a device
         device = namedtuple("Device", "device_kind num_cores platform")(kind, 1, "any")
-        mesh = jax.sharding.AbstractMesh((n, 1), ("data", "model"), abstract_device=device)
+        mesh = jax.sharding.AbstractMesh((n, 1), ("data", "model"), abstract_device=device,
+                                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
         with jax.sharding.use_abstract_mesh(mesh):
             assert jax.eval_shape(run).shape == whole.shape
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v4")])
@@ -2384,8 +2385,17 @@ def test_logs(tmp_path, text, kept):
         assert path.read_text() == '{"step": 1}\n' * kept
 
 
+@pytest.fixture
+def signals():
+    """As in a terminal: what is started in the background or under nohup ignores some."""
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def test_a_full_disk_and_a_closed_stdout_stop_a_run_saved(tmp_path, data, small_models, capfd,
-                                                          monkeypatch):
+                                                          monkeypatch, signals):
     name = "superresolution_cascader"
     common = [name, "--tiny", "--data", data, "--batch-size", 2, "--log-every", 1, "--out"]
     (tmp_path / "full" / name).mkdir(parents=True)
@@ -2428,7 +2438,7 @@ def test_what_is_not_finite_is_not_saved_where_files_are_gone(tmp_path, data, sm
     assert "step 1: the loss" in err and not train.checkpoints(tmp_path / name)
 
 
-def test_signals_before_the_first_step(tmp_path, data, capfd, monkeypatch):
+def test_signals_before_the_first_step(tmp_path, data, capfd, monkeypatch, signals):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         monkeypatch.setattr(train, "read_tracks", lambda *_: os.kill(os.getpid(), number))
         err = exits(capfd, train.main, "waveform_generator", "--tiny", "--data", data, "--out",

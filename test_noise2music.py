@@ -634,11 +634,11 @@ def test_init_has_the_declared_shapes_and_starts_as_zero_noise():
     close(y, x, atol=1e-6)
 
 
-@pytest.mark.parametrize("T, L", [(13, 7), (1500, 3001)], ids=("plain", "long"))
-def test_attend_is_that_of_jax_nn(T, L):
+@pytest.mark.parametrize("H, T, L", [(2, 13, 7), (1, 1400, 3001)], ids=("plain", "long"))
+def test_attend_is_that_of_jax_nn(H, T, L):
     """Also of so many queries that they are taken a part at a time, the last part smaller; also its
     gradients; a clip without a token gets the average."""
-    q, k, v = normal(3, 2, T, 5), normal(3, 2, L, 5, seed=1), normal(3, 2, L, 5, seed=2)
+    q, k, v = normal(3, H, T, 5), normal(3, H, L, 5, seed=1), normal(3, H, L, 5, seed=2)
     mask = np.arange(L) < np.array([[L], [L // 3], [0]])
     heads_last = lambda *arrays: [a.swapaxes(1, 2) for a in arrays]
     plain = lambda q, k, v, mask: jax.nn.dot_product_attention(

@@ -133,14 +133,18 @@ def fads(x, x_names, y, y_names) -> dict:
     return {"all": fad(x, y), **{key: float(average) for key, average in averages.items()}}
 
 
+def loudness(audio):
+    """dB of the power, over the first axis: of a clip, or of each of its frames (size, F)."""
+    return 10 * np.log10(np.mean(audio**2, axis=0) + 1e-12)
+
+
 def levels(clips) -> dict:
     """[lowest, median, highest] of the loudness, of the share of samples at full scale, and of the
     spectral flatness (1 is white)."""
     rows = []
     for audio in clips:
         flatness = librosa.feature.spectral_flatness(y=audio, n_fft=1024, hop_length=512)[0]
-        level = 10 * np.log10(np.mean(audio**2) + 1e-12)
-        rows.append((level, np.mean(np.abs(audio) > 0.99), np.median(flatness)))
+        rows.append((loudness(audio), np.mean(np.abs(audio) > 0.99), np.median(flatness)))
     low, middle, high = (np.round(q, 4).tolist() for q in np.percentile(rows, (0, 50, 100), axis=0))
     names = ("dBFS", "clipped", "flatness")
     return {name: [low[i], middle[i], high[i]] for i, name in enumerate(names)}
@@ -159,10 +163,9 @@ def stride_tones(route: str, rate: int) -> list[float]:
     return sorted({k * hz for hz in found for k in (1, 2, 3) if k * hz < rate / 2 - 40})
 
 
-def frames_of(audio, size: int):
-    """Frames of `size` samples, a quarter of it apart, (size, F), and their levels in dB, (F,)."""
-    frames = librosa.util.frame(audio, frame_length=size, hop_length=size // 4)
-    return frames, 10 * np.log10(np.mean(frames**2, axis=0) + 1e-12)
+def frames_of(audio, size: int) -> np.ndarray:
+    """Frames of `size` samples, a quarter of it apart, (size, F)."""
+    return librosa.util.frame(audio, frame_length=size, hop_length=size // 4)
 
 
 def tones_in_rests(audio, rate: int, frequencies, size: int = 8192):
@@ -172,7 +175,7 @@ def tones_in_rests(audio, rate: int, frequencies, size: int = 8192):
     Of the spectrum in dB, the median over those frames: the highest of the 3 bins of a line less
     the median of those around. The highest of three bins of plain noise is 2 dB above it.
     """
-    frames, level = frames_of(audio, size)
+    level = loudness(frames := frames_of(audio, size))
     quiet = level <= level.max() - QUIET
     if quiet.sum() < 4:
         return None
@@ -189,8 +192,8 @@ def rests(paths, route: str) -> dict:
     rate = soundfile.info(paths[0]).samplerate
     frequencies, found, floor = stride_tones(route, rate), [], []
     for audio in (load(path, rate) for path in paths):
-        tones, (_, level) = tones_in_rests(audio, rate, frequencies), frames_of(audio, 1024)
-        if tones:
+        if tones := tones_in_rests(audio, rate, frequencies):
+            level = loudness(frames_of(audio, 1024))
             found.append(tones)
             floor.append(np.percentile(level, 10) - level.max())
     if not found:

@@ -295,8 +295,9 @@ def test_clips_without_an_embedding_are_left_out(toy, capfd):
     assert [*got[2]] == ["good", "silent", "well"]
 
 
-@pytest.mark.parametrize("of, name, at", [(train, "load_audio", 35),  # before a file is opened;
-                                          (soundfile, "SoundFile", 115)])  # between its two openings
+@pytest.mark.parametrize("of, name, at", [
+    (train, "load_audio", 35),  # before a file is opened
+    (soundfile, "SoundFile", 115)])  # between its two openings
 def test_a_blink_of_the_system_is_not_kept_as_a_failure(toy, capfd, monkeypatch, of, name, at):
     """A folder that comes back costs nothing; one that does not stops the run, and another goes on.
     A file that failed is tried again."""

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -2444,6 +2445,20 @@ def test_signals_before_the_first_step(tmp_path, data, capfd, monkeypatch, signa
         err = exits(capfd, train.main, "waveform_generator", "--tiny", "--data", data, "--out",
                     tmp_path, status=128 + number)
         assert err.count("\n") == 1 and number.name in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keep_memory knows glibc alone")
+def test_freed_memory_is_not_handed_out_anew():
+    code = """if True:
+        import resource, train
+        def pages():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            bytearray(2**26)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        pages(), print(pages()), train.keep_memory(), pages(), print(pages())"""
+    command = [sys.executable, "-c", code]
+    before, after = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.split()
+    assert int(after) + 10 < int(before)  # 2^14 pages, or 32 large ones
 
 
 def test_the_cache_of_programs_is_no_condition(tmp_path, capfd, monkeypatch):

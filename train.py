@@ -974,7 +974,7 @@ def keep_programs():
 
 def keep_memory():
     """Freed memory stays with the process, where its C library is glibc. XLA takes one buffer for a
-    step: handed out anew at every step, page by page, it is a quarter of a small model's time."""
+    step; to get it anew at every step, page by page, is a quarter of a small model's step."""
     M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8  # malloc.h
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         for option, value in (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1):

@@ -911,7 +911,18 @@ def parse_args(argv=None):
     return args
 
 
+def keep_memory():
+    """Freed memory stays with the process, where its C library is glibc. XLA takes one buffer for a
+    step; to get it anew at every step, page by page, is a quarter of a small model's step.
+    Compilation is slower by it, so sampling, which is one call, goes without."""
+    M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8  # malloc.h
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for option, value in (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1):
+            mallopt(option, value)
+
+
 def run(args):
+    keep_memory()
     join_processes(args)
     if args.overfit:
         check(args.overfit.is_file(), f"{args.overfit}: no such file; --overfit memorises one")
@@ -972,15 +983,6 @@ def keep_programs():
         jax.config.update("jax_compilation_cache_dir", None)
 
 
-def keep_memory():
-    """Freed memory stays with the process, where its C library is glibc. XLA takes one buffer for a
-    step; to get it anew at every step, page by page, is a quarter of a small model's step."""
-    M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8  # malloc.h
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        for option, value in (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1):
-            mallopt(option, value)
-
-
 def run_command(run: Callable, args):
     """Runs a script's command: what its user can mend becomes one line and exit status 2."""
     on_signals(lambda n, _: fail(f"stopped by {signal.Signals(n).name}", 128 + n))
@@ -988,7 +990,6 @@ def run_command(run: Callable, args):
         stream.reconfigure(errors="backslashreplace")
     jax.config.update("jax_enable_x64", False)  # whatever the environment says
     keep_programs()
-    keep_memory()
     try:
         run(args)
         sys.stdout.flush()

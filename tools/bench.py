@@ -92,6 +92,7 @@ def network(args):
     from test_noise2music import torch_unet
 
     torch.set_num_threads(THREADS)
+    train.keep_memory()  # for both sides
     check(os.cpu_count() <= THREADS, f"compare on {THREADS} cores: taskset -c 0,1 python ...")
     for model in models(args):
         cfg, inputs = model.unet, training_case(model)

@@ -911,18 +911,7 @@ def parse_args(argv=None):
     return args
 
 
-def keep_memory():
-    """Freed memory stays with the process, where its C library is glibc. XLA takes one buffer for a
-    step; to get it anew at every step, page by page, is a quarter of a small model's step.
-    Compilation is slower by it, so sampling, which is one call, goes without."""
-    M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8  # malloc.h
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        for option, value in (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1):
-            mallopt(option, value)
-
-
 def run(args):
-    keep_memory()
     join_processes(args)
     if args.overfit:
         check(args.overfit.is_file(), f"{args.overfit}: no such file; --overfit memorises one")
@@ -1010,9 +999,20 @@ def run_command(run: Callable, args):
         fail(reason(error), 128 + signal.SIGPIPE if gone else 2)
 
 
+def keep_memory():
+    """Freed memory stays with the process, where its C library is glibc. XLA takes one buffer for a
+    step; to get it anew at every step, page by page, is a quarter of a small model's step.
+    Compilation is slower by it, so sampling, which is one call, and the tests go without."""
+    M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8  # malloc.h
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for option, value in (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1):
+            mallopt(option, value)
+
+
 def main(argv=None):
     run_command(run, parse_args(argv))
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

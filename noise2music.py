@@ -392,6 +392,7 @@ def ddpm_updates(schedule: Callable, times: np.ndarray, gamma: float) -> Update:
 SAMPLERS = {"ddpm": ddpm_updates}
 
 
+@partial(jax.jit, static_argnames="shape")
 def clip_noise(keys, n, shape):
     """The n-th noise of each clip, N(0, I), (B, *shape): keys (B,) make clips independent."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape))(keys)
@@ -832,6 +833,7 @@ def training_inputs(model: Model, key, batch: Batch):
 
 # ---- Both routes, from prompts to audio (Secs. 3.3 and 4.2.1) ----
 
+@partial(jax.jit, static_argnames=("model", "seconds"))
 def sampling_condition(model: Model, given: Condition, previous, seconds: float) -> Condition:
     """Sec. 3.3: `given`, with `previous`, the output of the stage before, as low_fi or aligned.
 
@@ -1160,6 +1162,7 @@ def renoise_updates(schedule: Callable, times: np.ndarray, gamma: float) -> Upda
     return u._replace(keep=0 * u.keep, toward=alpha_s, noise=sigma_s)
 
 
+@partial(jax.jit, static_argnames=("rate", "hz"))
 def without_hum(x, rate: int, hz: float):
     """Audio (B, T, C) at `rate` without what is within 3 Hz of hz, 2 hz, 3 hz, ...
 

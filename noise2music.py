@@ -392,7 +392,6 @@ def ddpm_updates(schedule: Callable, times: np.ndarray, gamma: float) -> Update:
 SAMPLERS = {"ddpm": ddpm_updates}
 
 
-@partial(jax.jit, static_argnames="shape")
 def clip_noise(keys, n, shape):
     """The n-th noise of each clip, N(0, I), (B, *shape): keys (B,) make clips independent."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape))(keys)
@@ -833,7 +832,6 @@ def training_inputs(model: Model, key, batch: Batch):
 
 # ---- Both routes, from prompts to audio (Secs. 3.3 and 4.2.1) ----
 
-@partial(jax.jit, static_argnames=("model", "seconds"))
 def sampling_condition(model: Model, given: Condition, previous, seconds: float) -> Condition:
     """Sec. 3.3: `given`, with `previous`, the output of the stage before, as low_fi or aligned.
 

@@ -435,8 +435,8 @@ def torch_unet(torch, p, cfg, x_t, t, c, text_on):
             x = x + feed_forward(p["cross_attention"]["feed_forward"], x)
         return x
 
-    frequencies = 1e-4 ** torch.linspace(0, 1, cfg.base_dimension // 2).to(t)
-    angles = 1000 * t[:, None] * frequencies
+    exponents = torch.linspace(0, 1, cfg.base_dimension // 2, dtype=t.dtype, device=t.device)
+    angles = 1000 * t[:, None] * 1e-4**exponents
     time = linear(p["time"], torch.cat([angles.sin(), angles.cos()], dim=1)[..., None])
     h = conv(p["entry"], (x_t if c.low_fi is None else torch.cat([x_t, c.low_fi], dim=2)).mT)
     skips = []

@@ -198,6 +198,8 @@ def operations(model: n2m.Model, num: int, seconds: float) -> float:
 
 def measure_here(args):
     """Table 4 on the devices that are here: each model, the median of 20 steps of it."""
+    if jax.config.jax_platforms:  # JAX_PLATFORMS=cuda leaves no CPU to count `operations` on
+        jax.config.update("jax_platforms", jax.config.jax_platforms + ",cpu")
     device, seconds = jax.devices()[0], args.seconds or 30.0
     check(device.platform != "cpu" or args.tiny, "--here: no accelerator is here, and the "
           "models of Table 4 take minutes a step without; --tiny measures the small ones")

@@ -306,7 +306,7 @@ def diffusion_loss(params, model: Model, key, batch: Batch):
     logsnr_t = SCHEDULES[model.training.noise_schedule](t)
     x_t = diffuse(x, eps, logsnr_t)  # Eq. 2
 
-    # Sec. 4.1: "we occlude the text prompts for 10% of the samples".
+    # Sec. 4.1: "we occlude the text prompts for 10% of the samples". choice: each by chance.
     text_on = jax.random.bernoulli(key_occlude, 1 - model.training.occlusion, t.shape)  # (B,)
     eps_hat = unet(params, model.unet, x_t, t, condition, text_on)
 
@@ -336,9 +336,9 @@ def guided_eps(params, model: Model, x_t, t, condition: Condition):
 def dynamic_clip(x0_hat, q=0.995):
     """Sec. 3.1, Saharia et al. (2022b): x0_hat is clipped to [-s, s] and divided by s. (B, T, C).
 
-    s is a percentile of |x0_hat| in each clip, and at least 1, the range of audio and log-mel.
-    choice: the 99.5th. choice: Sec. 3.1 clips "due to CFG"; we clip the two models without CFG too,
-    since Eq. 4 needs an x0_hat in range."""
+    s, which is not Eq. 4's, is a percentile of |x0_hat| in each clip, and at least 1, the range of
+    audio and log-mel. choice: the 99.5th. choice: Sec. 3.1 clips "due to CFG"; we clip the two
+    models without CFG too, since Eq. 4 needs an x0_hat in range."""
     s = percentile(jnp.abs(x0_hat).reshape(x0_hat.shape[0], -1), q)  # (B,)
     s = jnp.maximum(s, 1.0)[:, None, None]  # (B, 1, 1)
     return jnp.clip(x0_hat, -s, s) / s
@@ -372,18 +372,18 @@ def ddpm_updates(schedule: Callable, times: np.ndarray, gamma: float) -> Update:
     """The N updates of Eq. 4 between `times` (N + 1,), computed in float64.
 
     numerics: with x0_hat = (x_t - sigma_t eps) / alpha_t, the first two terms of Eq. 4 equal
-        (1 - c) (alpha_s / alpha_t) x_t + c alpha_s x0_hat,  c = 1 - e^(logsnr_t - logsnr_s).
+        (1 - r) (alpha_s / alpha_t) x_t + r alpha_s x0_hat,  r = 1 - e^(logsnr_t - logsnr_s).
     In this form x0_hat can be clipped. Unclipped, the waveform generator's first update multiplies
     an error in eps by 347. gamma = 0 is not DDIM: the noise of sigma_tilde remains."""
     logsnr = schedule(np.asarray(times, np.float64), np)
     alpha = np.exp(-np.logaddexp(0, -logsnr) / 2)  # `alpha_sigma` in float64
     sigma = np.exp(-np.logaddexp(0, logsnr) / 2)
     t, s = slice(None, 0, -1), slice(-2, None, -1)  # t_N..t_1, and their s: t_{N-1}..t_0
-    c = -np.expm1(logsnr[t] - logsnr[s])
-    sigma_t_given_s = np.sqrt(c) * sigma[t]  # Eq. 3
-    sigma_tilde = np.sqrt(c) * sigma[s]  # Eq. 3
-    keep = (1 - c) * alpha[s] / alpha[t]
-    toward = c * alpha[s]
+    r = -np.expm1(logsnr[t] - logsnr[s])
+    sigma_t_given_s = np.sqrt(r) * sigma[t]  # Eq. 3
+    sigma_tilde = np.sqrt(r) * sigma[s]  # Eq. 3
+    keep = (1 - r) * alpha[s] / alpha[t]
+    toward = r * alpha[s]
     noise = sigma_tilde ** (1 - gamma) * sigma_t_given_s**gamma
     keep[-1], toward[-1], noise[-1] = 0, 1, 0  # departs: the last x_s is x0_hat, no noise
     return Update(*(np.float32(a) for a in (times[t], alpha[t], sigma[t], keep, toward, noise)))
@@ -612,9 +612,9 @@ def downsample(p, x, stride):
 
 
 def upsample(p, x, stride):
-    """App. B.1: transposed convolution of stride S, (B, T, C_I) -> (B, T S, C_{I-1}).
+    """App. B.1: "the mirror operation" of stride S, (B, T, C_I) -> (B, T S, C_{I-1}).
 
-    choice: a kernel of 2 S, and a bias for each of the S phases of the output."""
+    choice: a transposed convolution, a kernel of 2 S, a bias for each of the output's S phases."""
     *batch, t, _ = x.shape
     return conv1d(p, x, left=1).reshape(*batch, t * stride, -1)
 
@@ -713,7 +713,9 @@ def param_count(model: Model | str) -> int:
 # ---- What a model is conditioned on: resampling and log-mel (Sec. 3.3) ----
 
 def fft_resample(x, length: int, xp=jnp):
-    """Sec. 3.3.1: (B, T) -> (B, length), by cropping or zero-padding the Fourier coefficients."""
+    """Sec. 3.3.1: (B, T) -> (B, length), up by zero-padding the Fourier coefficients.
+
+    choice: down by cropping them; and super-resolution's input is up-sampled in the same way."""
     T = x.shape[-1]
     n = min(T, length)
     X = own_clips(xp.fft.rfft, x)[..., : n // 2 + 1]
@@ -753,7 +755,7 @@ def log_mel(audio):
     """Sec. 3.3.2: log-mel "normalized to lie within [-1, 1]". (B, T) at 16 kHz -> (B, T / 160, 80).
 
     choice: the mel magnitude in dB, with -90 and all below at -1, and +10 at 1, the same map for
-    every clip. As a filter sums several bins, a full-scale sine of 50 Hz to 7.9 kHz has 1.8
+    every clip. As a filter sums several bins, a full-scale sine of 50 Hz to 7.9 kHz has 1.7
     to 9.9 dB."""
     mel = jnp.matmul(jnp.abs(stft(audio)), mel_filters(), precision="highest")
     decibel = 20 * jnp.log10(jnp.maximum(mel, 1e-9))
@@ -791,7 +793,7 @@ def augment(model: Model, key, x, blur_axes):
     key_blur, key_noise = jax.random.split(key)
     training = model.training
     if training.blur_taps:
-        low, high = training.blur_std
+        low, high = training.blur_std  # choice: uniform between them
         std = jax.random.uniform(key_blur, x.shape[:1], minval=low, maxval=high)  # (B,)
         for axis in blur_axes:  # a 2D Gaussian is two 1D ones. choice: with the same std
             x = gaussian_blur(x, std, training.blur_taps, axis)
@@ -1047,7 +1049,7 @@ def own_clips(f, x):
 
 
 def percentile(a, q):
-    """The smallest v with a share q of a row at or below it, 0 < q <= 1. a (B, N) >= 0; v (B,).
+    """The smallest v with a share q of a row at or below it, 0 < q <= 1. a (B, T C) >= 0; v (B,).
 
     numerics: by bisection, to 2^-32 of the largest; a sort of 30 s costs more than a small network.
     """
@@ -1145,7 +1147,7 @@ def cosine_quiet(t, xp=jnp):
     """Eq. 6 moved to music of -15 dBFS: the signal-to-noise ratios that unit variance has there.
 
     Under Eq. 6 itself, noise is louder than such music in nine tenths of t, where there is little
-    to learn, and the last -40 dB of noise get a hundredth of t."""
+    to learn, and noise below -40 dBFS gets less than a hundredth of t."""
     return cosine(t, xp) + 1.5 * math.log(10)
 
 
@@ -1214,7 +1216,7 @@ def tiny(model: Model) -> Model:
         # Without text, tones must be found in loud noise, of which there is little now.
         loss_weight=model.training.loss_weight if uses_text(model) else "velocity")
     # Half the guidance and no extra noise suit a small model; and even steps, where Table 8 has
-    # them: of 64 back-heavy steps, three are left for the last third of t.
+    # them: of 64 back-heavy steps, four are left for the last third of t.
     schedule = "uniform" if "uniform" in step_schedules(model) else model.inference.step_schedule
     cfg_scale = model.inference.cfg_scale and model.inference.cfg_scale / 2
     sampler = "ddpm" if uses_text(model) else "renoise"

@@ -11,9 +11,9 @@ Table 3's or those of `tiny`. Beside each wav goes a .json with every setting. C
 the same for any --num.
 
 A line of --prompts is a prompt, a JSON object {"prompt": ..., "seed": ..., "seconds": ...}, or one
-of train.py's captions.jsonl. Line n, from 0, has the seed --seed + n where it names none. A second
-run goes on where the first was interrupted. Several devices share the clips of --num, and with
---model-parallel the matrices of the network.
+of train.py's captions.jsonl. Prompt n, from 0 and without empty lines, has the seed --seed + n
+where it names none. A second run goes on where the first was interrupted. Several devices share the
+clips of --num, and with --model-parallel the matrices of the network.
 """
 
 import io
@@ -44,7 +44,8 @@ LENGTH = number(float, 0.1, MAX_SECONDS)
 LENGTHS = 4  # whose programs are kept at once
 OVERRIDES = {  # fields of InferenceConfig (Table 3) that have an option each
     "steps": ("--steps", number(int, 1, 100_000), "N", "denoising steps (Table 8 resampled)"),
-    "step_schedule": ("--schedule", str, "NAME", "front_heavy, back_heavy or uniform (Table 8)"),
+    "step_schedule": ("--schedule", str, "NAME", "a list of Table 8: front_heavy, "
+                      "back_heavy, uniform, back_heavy_eval; not all models have all"),
     "cfg_scale": ("--cfg-scale", number(float, 0, 1000), "W", "guidance; 1 is none"),
     "gamma": ("--gamma", number(float, 0, 1), "G", "stochasticity of Eq. 4; selects sampler ddpm"),
 }

@@ -1,18 +1,19 @@
 """Train any of the five models of Noise2Music (Secs. 3.6 and 4.1) on a folder of captioned audio.
 
-    python train.py waveform_generator --tiny --overfit song.ogg --out runs     # try this first
-    python train.py waveform_generator --tiny --data music --out runs
-    python train.py waveform_generator --data music --t5 t5-v1_1-xl --out runs  # the paper's sizes
+    python train.py waveform_generator --tiny --overfit song.ogg --out overfit   # try this first
+    python train.py waveform_generator --tiny --data music --t5 demo/t5 --out runs
+    python train.py waveform_generator --data music --t5 t5-v1_1-xl --out paper  # its sizes
 
 The data folder holds audio that libsndfile reads (wav, flac, ogg, mp3, ...; any rate, any channels,
 any length) and either `captions.jsonl`, a JSON object a line,
 
     {"audio": "jazz/one.flac", "long": ["A slow piano ballad.", ...], "short": ["jazz", "piano"]}
 
-(with `"start": 30` it captions the 30 s from there, otherwise the whole track), or, beside each
-`one.flac`, a `one.txt` with a long caption a line. `python tools/label.py --help` says how music
-without captions gets them. Everything is written to OUT/MODEL: checkpoints (the last two are kept),
-`log.jsonl`, and samples with --sample-every. `sample.py --models OUT` reads them from there.
+(with `"start": 30` it captions the 30 s from there, otherwise the whole track; a "title" and "tags"
+are read as short captions), or, beside each `one.flac`, a `one.txt` with a long caption a line.
+`python tools/label.py --help` says how music without captions gets them. Everything is written to
+OUT/MODEL: checkpoints (the last two are kept), `log.jsonl`, and samples with --sample-every; and,
+where no T5 is named, one to OUT/t5. `sample.py --models OUT` reads them from there.
 `--data music library` mixes two folders, `--data music:97 library:3` in these shares.
 """
 

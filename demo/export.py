@@ -27,7 +27,9 @@ def export(args):
               f"{path}: a checkpoint that training goes on from; name another DIR")
         model, tensors, metadata = load_checkpoint(found[-1], name, lambda n: n.startswith("ema/"))
         if metadata["t5_fingerprint"]:
-            shutil.copytree(metadata["t5"] or args.runs / "t5", args.out / "t5", dirs_exist_ok=True)
+            t5, copy = Path(metadata["t5"] or args.runs / "t5"), args.out / "t5"
+            if t5.resolve() != copy.resolve():
+                shutil.copytree(t5, copy, dirs_exist_ok=True)
         tensors = {k: v.astype(jnp.bfloat16) for k, v in tensors.items()}
         write_checkpoint(path, tensors, model, metadata | {"t5": None})
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

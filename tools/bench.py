@@ -1,6 +1,6 @@
-"""Every figure of speed and memory in the README, measured here: a JSON line each.
+"""The small models' speed and memory, measured here: a JSON line each figure. plan.py has Table 4.
 
-    python tools/bench.py network       # the small networks and their training step, against torch
+    python tools/bench.py network       # small models against torch (extras test, reference)
     python tools/bench.py sampler       # N steps of the sampler, against N calls of the network
     python tools/bench.py decoding      # seconds of audio that one core decodes in a second
     python tools/bench.py start         # the README's first command, with and without compilation

@@ -5,6 +5,8 @@
     python tools/label.py vocabulary answers answers.jsonl         # lamda_lf.txt, of its answers
     python tools/label.py audioset clips eval_segments.csv         # clips/metadata.jsonl
 
+The first three write into ./vocabularies, or -o DIR.
+
 Nothing is downloaded. MusicCaps (Google) is musiccaps-public.csv. AudioSet (Google) is
 balanced_train_segments.csv, unbalanced_train_segments.csv and eval_segments.csv, each beside
 class_labels_indices.csv. MagnaTagATune (City University of London) is annotations_final.csv.

@@ -24,9 +24,10 @@ number. `noise2music:log_mel_statistics` is an example: it knows loudness and sp
 `prompts` makes the sets of Sec. 4.3.3 from their makers' files (see corpora.py): DIR/captions.jsonl
 of the clips in --clips DIR, which `sample.py --prompts` and `scores` read; or the prompts alone.
 The prompt of a clip is all its tags or labels as one string, or the rater's caption.
-    MagnaTagATune        prompts mtat annotations_final.csv        --seconds 29   --excerpt 29
-    AudioSet-Music-Eval  prompts audioset eval_segments.csv        --seconds 30   --excerpt 10
-    MusicCaps            prompts musiccaps musiccaps-public.csv    --seconds 30   --excerpt 10
+    prompts ...                         for sample.py:    for scores:
+    mtat annotations_final.csv          --seconds 29      --excerpt 29      MagnaTagATune
+    audioset eval_segments.csv          --seconds 30      --excerpt 10      AudioSet-Music-Eval
+    musiccaps musiccaps-public.csv      --seconds 30      --excerpt 10      MusicCaps
 
 `tables` prints Tables 5 and 6 for a set: a row for each folder GENERATED, a column an embedder, and
 the paper's numbers in brackets where set and embedder have the names of the paper's.

@@ -1,13 +1,14 @@
 """Captions for a folder of music: pseudo-labels (Sec. 3.5), and its own titles and tags (Sec. 3.6).
 
-    # the training set of Sec. 3.6; metadata alone, all clips of a track
-    python tools/label.py music --vocabulary long lamda_lf.txt --vocabulary short rater_sf.txt \\
-        --audio-embedder my_mulan:audio --text-embedder my_mulan:text
-    python tools/label.py library --high-quality
     # the vocabularies of Sec. 3.5, and AudioSet's music for MuLaMCap; both have a --help of their
     # own, and folders of these names are ./vocabulary and ./audioset
-    python tools/label.py vocabulary raters musiccaps-public.csv
+    python tools/label.py vocabulary raters musiccaps-public.csv -o .
     python tools/label.py audioset clips eval_segments.csv
+    # the training set of Sec. 3.6: pseudo-labels
+    python tools/label.py music --vocabulary long rater_lf.txt --vocabulary short rater_sf.txt \\
+        --audio-embedder my_mulan:audio --text-embedder my_mulan:text
+    # and its high-quality part: metadata alone, all clips of a track
+    python tools/label.py library --high-quality
 
 For each 30 s clip, the K captions of each vocabulary that are nearest to the clip by the cosine of
 their embeddings; K' of them are drawn with probabilities inverse to how often each was near to a

@@ -39,7 +39,7 @@ from train import (load_model, new_parser, number, parse_caption, run_command, w
 
 DEMO = Path(__file__).parent / "demo"
 SECONDS, MAX_SECONDS = 10, 600
-MAX_SEED = 2**62  # --seed + n of any line n fits 64 bits
+MAX_SEED = 2**31 - 1  # of a larger one JAX would read the lower 32 bits
 LENGTH = number(float, 0.1, MAX_SECONDS)
 LENGTHS = 4  # whose programs are kept at once
 OVERRIDES = {  # fields of InferenceConfig (Table 3) that have an option each
@@ -156,15 +156,20 @@ def read_prompts(path: Path) -> list[dict]:
                   'takes "prompt" and, if wanted, "seed" and "seconds"')
             seed, seconds = job.get("seed", 0), job.get("seconds", SECONDS)
             check(type(seed) is int and abs(seed) <= MAX_SEED and type(seconds) in (int, float)
-                  and 0.1 <= seconds <= MAX_SECONDS, '"seed" is no whole number of 62 bits, or '
+                  and 0.1 <= seconds <= MAX_SECONDS, '"seed" is no whole number of 31 bits, or '
                   f'"seconds" no number from 0.1 to {MAX_SECONDS}')
         except (ValueError, OSError) as error:
             raise ValueError(f"{path}:{n}: {error!s:.300}; a line is a prompt or a JSON "
                              "object") from None
-        if job["prompt"]:
+        if line.strip():
             jobs.append(job)
     check(jobs, f"{path}: no prompt in it; write one a line")
     return jobs
+
+
+def clip_name(i: int, n: int) -> str:
+    """The name of clip i of n: in the order of names, the clips are in the order of prompts."""
+    return f"{i:0{max(4, len(str(n - 1)))}d}.wav"
 
 
 # ---- Sampling ----
@@ -233,7 +238,8 @@ def settings_of(args, weights, identity: dict, job: Job, clip: int) -> dict:
     stages = {name: asdict(model.inference) for name, (model, _) in weights.items()}
     return {"prompt": job.prompt, "seed": job.seed, "clip": clip, "seconds": job.seconds,
             "route": args.route, "models": str(args.models), "t5": args.t5, "raw": args.raw,
-            "bf16": args.bf16, "stages": stages, "crc32": identity}
+            "bf16": args.bf16, "stages": stages, "crc32": identity,
+            **({"keep_stages": True} if args.keep_stages else {})}
 
 
 def finished(args, weights, identity: dict, job: Job) -> bool:
@@ -338,7 +344,7 @@ def run(args):
             raise ValueError(f"prompt {i + 1}: {error}") from None
         seed = entry.get("seed", args.seed + i)  # clips of one noise would be too much alike
         seconds = entry.get("seconds") or args.seconds or max(SECONDS, models[0].training.seconds)
-        out = args.out / f"{i:04d}.wav" if args.prompts else args.out
+        out = args.out / clip_name(i, len(entries)) if args.prompts else args.out
         jobs.append(Job(prompt, seed, seconds, out))
     check_writable(jobs[0].out)
     print(f"{args.route} route on {mesh.size} x {jax.devices()[0].device_kind}: " + ", ".join(

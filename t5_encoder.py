@@ -91,11 +91,10 @@ def t5_encoder(params, config, ids, mask):
     """Token embeddings after the final norm: (B, L, E) float32. Compiled once for each (B, L).
 
     ids (B, L) int32 below vocab_size; mask (B, L) bool, True at the tokens that may be attended to.
-    What comes out at masked positions means nothing. The arithmetic is in the type of params, norms
-    and softmax in float32; float32 products are float32 on every device.
+    What comes out at masked positions means nothing. All is float32, on every device.
     """
     eps = config.layer_norm_epsilon
-    bias = params["position_bias"].astype(jnp.float32)[position_buckets(config, ids.shape[1])]
+    bias = params["position_bias"][position_buckets(config, ids.shape[1])]
     bias = bias.transpose(2, 0, 1) + jnp.where(mask, 0.0, -1e30)[:, None, None, :]  # (B, H, L, m)
 
     def block(x, p):
@@ -103,8 +102,8 @@ def t5_encoder(params, config, ids, mask):
         heads = *ids.shape, config.num_heads, config.d_kv
         q, k, v = ((y @ p[name].mT).reshape(heads) for name in "qkv")  # (B, L, H, K)
         # T5 does not divide by sqrt(K): its initialisation has absorbed the factor.
-        scores = jnp.einsum("blhk,bmhk->bhlm", q, k, preferred_element_type=jnp.float32) + bias
-        y = jnp.einsum("bhlm,bmhk->blhk", jax.nn.softmax(scores).astype(x.dtype), v)
+        weights = jax.nn.softmax(jnp.einsum("blhk,bmhk->bhlm", q, k) + bias)
+        y = jnp.einsum("bhlm,bmhk->blhk", weights, v)
         x = x + y.reshape(*ids.shape, -1) @ p["o"].mT  # (B, L, E); H K need not be E
         y = rms_norm(x, p["ff_norm"], eps)
         if config.feed_forward_proj == "gated-gelu":  # in the tanh form, as T5 was trained
@@ -117,14 +116,12 @@ def t5_encoder(params, config, ids, mask):
     # numerics: else a TPU rounds the factors of a float32 product to bfloat16, a GPU to TF32.
     with jax.default_matmul_precision("float32"):
         x, _ = jax.lax.scan(block, params["embed"][ids], layers)  # (B, L, E)
-    return rms_norm(x, params["final_norm"], eps).astype(jnp.float32)
+    return rms_norm(x, params["final_norm"], eps)
 
 
 def rms_norm(x, scale, eps):
     """Scale only: no mean is subtracted and nothing is added (Raffel et al. 2020, Sec. 2.1)."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale
 
 
 def position_buckets(config, length):
@@ -282,8 +279,8 @@ def whole_file(path):
 
 # ---- folders in the Hugging Face layout ----
 
-def load_t5(folder, dtype=jnp.float32):
-    """The T5 of a local folder, from config.json, spiece.model and safetensors, in dtype."""
+def load_t5(folder):
+    """The T5 of a local folder, from config.json, spiece.model and safetensors, in float32."""
     folder = Path(folder)
     check(folder.is_dir(), f"{folder}: no such folder; download a T5 into it, this code never does")
     with reading(path := folder / "config.json"):
@@ -300,10 +297,10 @@ def load_t5(folder, dtype=jnp.float32):
         found = tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.get_piece_size()
         check(found[:2] == (0, 1) and found[2] <= config.vocab_size,
               f"not of this T5: <pad>, </s> and the number of pieces are {found}")
-    return T5(config, load_params(folder, config, dtype), tokenizer)
+    return T5(config, load_params(folder, config), tokenizer)
 
 
-def load_params(folder, config, dtype):
+def load_params(folder, config):
     tensors, params = {}, {}
     for path in sorted(folder.glob("model*.safetensors")):  # one file, or its shards
         tensors |= read_safetensors(path)[0]
@@ -319,7 +316,7 @@ def load_params(folder, config, dtype):
                 fits = array is not None and array.shape == shape
                 check(fits and jnp.issubdtype(array.dtype, jnp.floating),
                       f"no {name.format(i)}.weight of floats {shape}, which config.json asks for")
-            params[ours] = jnp.array(np.stack(layers) if "{}" in name else layers[0], dtype)
+            params[ours] = jnp.float32(np.stack(layers) if "{}" in name else layers[0])
         check(f"encoder.block.{config.num_layers}.layer.0.layer_norm.weight" not in tensors,
               f"more layers than the {config.num_layers} of config.json")
     return params

@@ -60,6 +60,7 @@ def compiled(tmp_path_factory):
 
 # ---- noise2music.py: helpers ----
 
+ROOT = Path(__file__).parent
 close = np.testing.assert_allclose
 rng = lambda seed=0: np.random.default_rng(seed)
 normal = lambda *shape, seed=0: jnp.float32(rng(seed).normal(size=shape))
@@ -90,8 +91,7 @@ NO_TEXT = dict(self_attention=(False, False), cross_attention=(False, False), at
 T, L = 6 * 14, 11  # 14 frames at the bottom, 11 tokens
 
 
-def small_model(name="waveform_cascader", **changes):
-    return replace(n2m.MODELS[name], unet=small_unet(**changes))
+small_model = lambda **unet: replace(n2m.MODELS["waveform_cascader"], unet=small_unet(**unet))
 
 
 def random_params(cfg, seed=0):
@@ -1094,14 +1094,6 @@ def test_padding_and_batch_do_not_matter(t5):
     close(one[mask], many[:1, :61][mask], atol=1e-5)
 
 
-def test_bfloat16_computation_is_close(t5, t5_folder):
-    half = load_t5(t5_folder, jnp.bfloat16)
-    assert {x.dtype.name for x in jax.tree.leaves(half.params)} == {"bfloat16"}
-    (exact, mask), (rounded, _) = encode(t5, CAPTIONS, 64), encode(half, CAPTIONS, 64)
-    error = np.sqrt(np.mean((rounded - exact)[mask]**2))  # embeddings have mean square 1
-    assert rounded.dtype == np.float32 and 1e-4 < error < 0.05
-
-
 # ---- t5_encoder.py: text to tokens ----
 
 @pytest.fixture(scope="session")
@@ -1640,7 +1632,6 @@ def test_txt_captions(tmp_path, capfd):
 # ---- train.py: optimiser, checkpoints, the run ----
 
 tiny = n2m.tiny  # before a test replaces it
-ROOT = Path(__file__).parent
 
 
 def small(name, **training):
@@ -1669,16 +1660,9 @@ def data(tmp_path_factory):
                               for k in range(3)))
 
 
-def run_train(*argv):
-    train.main([str(a) for a in argv])
-
-
-def last_tensors(folder):
-    return t5_encoder.read_safetensors(train.checkpoints(folder)[-1])[0]
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+run_train = lambda *argv: train.main([str(a) for a in argv])
+last_tensors = lambda folder: t5_encoder.read_safetensors(train.checkpoints(folder)[-1])[0]
+log_of = lambda folder: [*map(json.loads, (folder / "log.jsonl").read_text().splitlines())]
 
 
 def exits(capfd, main, *argv, status=2):
@@ -1691,7 +1675,10 @@ def exits(capfd, main, *argv, status=2):
     return err
 
 
-def test_learning_rate_of_section_4_1():
+def test_learning_rate_of_section_4_1(capfd):
+    args = ["waveform_generator", "--data", "x", "--out", "x", "--steps", "2500001"]
+    train.overridden(n2m.MODELS["waveform_generator"], train.parse_args(args))
+    assert "from step 2500000 on the learning rate is 0" in capfd.readouterr().err
     tx = train.optimizer(n2m.MODELS["waveform_generator"].training)
     adam, schedule = tx.init(jnp.zeros(1))
     adam = adam._replace(mu=jnp.ones(1), nu=jnp.ones(1), count=jnp.int32(1_000_000))
@@ -1759,7 +1746,8 @@ def test_a_run_begins_with_the_averages_of_another(tmp_path, data, small_models,
         train.load_model(tmp_path / "b", name, raw=True), train.load_model(tmp_path / "a", name))
     jax.tree.map(np.testing.assert_array_equal, params, averages)
     assert model == replace(old, training=replace(old.training, steps=1, learning_rate=1e-30))
-    assert metadata["seed"] == 9 and metadata["index"] == 2 and "hertz" in metadata["words"]
+    assert (metadata["seed"], metadata["index"], metadata["parts"]) == (9, 2, 1)
+    assert "hertz" in metadata["words"]
     assert metadata["t5"] == str(tmp_path / "a" / "t5") and not (tmp_path / "b" / "t5").exists()
     assert (old.training.seconds, old.unet.dtype, old.unet.remat) == (1.28, "bfloat16", True)
     text = n2m.Condition(text=np.zeros((2, 64, 64)), text_mask=np.ones((2, 64), bool))
@@ -1777,26 +1765,19 @@ def test_what_a_checkpoint_refuses(tmp_path):
     folder.mkdir()
     metadata = {"seed": 3, "index": 12, "t5": None, "t5_fingerprint": None}
     state = train.init_state(model, 3)
+    (mine := folder / "checkpoint-00000001-copy.safetensors").touch()
     for step in (1, 2, 3):
         path = train.save_checkpoint(folder, state._replace(step=jnp.int32(step)), model, metadata)
     assert [p.name[-13] for p in train.checkpoints(folder)] == ["2", "3"]  # the last two are kept
+    assert mine.exists()
     loaded, params, meta = train.load_model(tmp_path, model.name)
     assert loaded == model and meta == metadata
     jax.tree.map(np.testing.assert_array_equal, params, state.ema)
-    raw = path.read_bytes()
-    for broken in (raw[:-1], raw[: len(raw) // 2], b"", raw.replace(b'"seed"', b'"need"', 1),
-                   raw[:40_000] + bytes([raw[40_000] ^ 4]) + raw[40_001:]):
-        path.write_bytes(broken)
-        with pytest.raises(ValueError, match=path.name) as error:
-            train.load_model(tmp_path, model.name)
-        assert "\n" not in str(error.value)
     write = partial(train.write_checkpoint, path, {"ema/entry/w": np.zeros(3)})
     for meta, words in [({"seed": 0}, "not a checkpoint"), (metadata, "lacks ema/")]:
         write(model, meta)
         with pytest.raises(ValueError, match=words):
             train.load_model(tmp_path, model.name)
-    with pytest.raises(ValueError, match="of superresolution_cascader, not of another"):
-        train.load_checkpoint(path, "another")
 
 
 def test_configurations_of_older_checkpoints():
@@ -1829,7 +1810,7 @@ REFUSALS = [  # script, command line, words of the line in which it refuses it w
         ("--data {data} --decay-steps 100", "--warmup-steps"),
         ("--data {data} --noise-schedule x", "--noise-schedule"),
         ("--data {data} --loss-weight x", "--loss-weight"),
-        ("--data {data} --seed -1", "--seed"),
+        ("--data {data} --seed -1", "--seed"), ("--data {data} --seed 4294967303", "--seed"),
         ("--data {data} --resume", "no checkpoint to resume from"),
         ("--data {data} --t5 {tmp}/absent", "absent"),
         ("--data {data} --model-parallel 2", "model"),
@@ -1840,11 +1821,13 @@ REFUSALS = [  # script, command line, words of the line in which it refuses it w
     (train, "waveform_generator --out {tmp}/out --data {data} --init {tmp}/absent", "absent"),
     (train, "waveform_generator --out {tmp}/out --data {data} --init {data}/0.wav", "0.wav: "),
     (train, "waveform_generator --out {tmp}/out --data {data} --init x --resume", "--init begins"),
+    (train, "superresolution_cascader --out {demo} --data {data} --resume", "averages alone"),
     *((sample, f"slow --models {{runs}} -o {{tmp}}/out/x.wav {argv}", words) for argv, words in [
         ("--prompts {tmp}/odd.jsonl", "give a prompt"),
         *((f"--seconds {seconds}", "--seconds") for seconds in ("x", 0, -1, "nan", 1e9)),
         ("--num -1", "--num"), ("--steps 0", "--steps"), ("--steps 1,2", "--steps"),
         ("--cfg-scale -1", "--cfg-scale"), ("--gamma 1.5", "--gamma"), ("--seed 1e3", "--seed"),
+        ("--seed 4294967303", "--seed"),
         ("--route sideways", "'spectrogram'"), ("--schedule sideways", "Table 8"),
         ("--model-parallel 99", "is more than the"), ("--t5 {tmp}/t5", "not the T5 encoder")]),
     *((sample, f"--models {{runs}} {argv}", words) for argv, words in [
@@ -1855,6 +1838,7 @@ REFUSALS = [  # script, command line, words of the line in which it refuses it w
         ("--prompts {tmp}/bad.jsonl", "bad.jsonl:2"), ("--prompts {tmp}/odd.jsonl", "odd.jsonl:1"),
         ("--prompts {tmp}/long.jsonl", "long.jsonl:1"),
         ("--prompts {tmp}/blank.jsonl", "prompt 1: the prompt is empty")]),
+    (sample, "slow --models {demo} -o {tmp}/out/x.wav --raw", "leave --raw out"),
     (sample, "slow --models {tmp} -o {tmp}/out/x.wav", "python train.py waveform_generator"),
 ]
 
@@ -1869,10 +1853,10 @@ def places(tmp_path_factory, data, runs):
     (broken / "a.wav").write_bytes(b"RIFF....WAVE")
     (tmp / "a.wav").mkdir()
     for name, text in [("bad", 'good\n{"prompt": \n'), ("odd", '{"prompt": "x", "sed": 1}'),
-                       ("long", '{"prompt": "x", "seconds": 601}'), ("blank", '{"prompt": " "}')]:
+                       ("long", '{"prompt": "x", "seconds": 601}'), ("blank", '{"prompt": ""}')]:
         (tmp / f"{name}.jsonl").write_text(text)
     save_t5(tmp / "t5", random_t5(["another vocabulary"], 1))
-    return {"tmp": tmp, "data": data, "runs": runs}
+    return {"tmp": tmp, "data": data, "runs": runs, "demo": sample.DEMO}
 
 
 @pytest.mark.parametrize("script, argv, words", REFUSALS)
@@ -1957,30 +1941,10 @@ def test_sigterm_saves_first(tmp_path, data):
 # ---- what a fork does, from outside the modules ----
 
 
-def trains_and_samples(out, data, name, route, *options):
-    """Two steps of a model, and a clip of the route that it is alone in."""
-    run_train(name, "--data", data, "--out", out, "--steps", 2, "--batch-size", 2, *options)
-    model, params, _ = train.load_model(out, name)
-    encoder = t5_encoder.load_text_encoder(out / "t5")
-
-    def encode(prompts, model):
-        text, mask = encoder.encode(prompts, model.training.token_length)
-        return n2m.Condition(text=text, text_mask=mask)
-
-    audio = n2m.generate(["a tone"], {name: (model, params)}, encode, route, seconds=0.5)[name]
-    assert audio.shape == (1, model.rate // 2) and np.isfinite(audio).all() and audio.std() > 0
-    return model
-
-
-def test_another_noise_schedule_is_one_place_to_touch(tmp_path, data, small_models, monkeypatch):
+def test_a_noise_schedule_and_a_sixth_model_are_entries_of_tables(tmp_path, data, monkeypatch,
+                                                                  capfd):
+    """Two steps of the model, under the schedule, and a clip of the route that it is alone in."""
     monkeypatch.setitem(n2m.SCHEDULES, "straight", lambda t, xp=jnp: 10 - 20 * t)
-    monkeypatch.setitem(n2m.ROUTES, "alone", ("waveform_generator",))
-    model = trains_and_samples(tmp_path, data, "waveform_generator", "alone", "--tiny",
-                               "--noise-schedule", "straight")
-    assert model.training.noise_schedule == "straight"
-
-
-def test_a_sixth_model_is_two_places_to_touch(tmp_path, data, monkeypatch, capfd):
     like = small("waveform_generator", seconds=0.4)
     unet = replace(like.unet, depth=2, strides=(3, 5), channels=(2, 3), blocks=(1, 1),
                    self_attention=(False, True), cross_attention=(True, True))
@@ -1988,9 +1952,14 @@ def test_a_sixth_model_is_two_places_to_touch(tmp_path, data, monkeypatch, capfd
     sixth = replace(sixth, inference=n2m.InferenceConfig("uniform", 1.0, 3.0, steps=4))
     monkeypatch.setitem(n2m.MODELS, "sixth", sixth)
     monkeypatch.setitem(n2m.ROUTES, "short", ("sixth",))
-    assert trains_and_samples(tmp_path, data, "sixth", "short").unet.strides == (3, 5)
-    argv = ["sixth", "--tiny", "--data", data, "--out", tmp_path]
-    assert "no small variant of sixth" in exits(capfd, train.main, *argv)
+    argv = ["sixth", "--data", data, "--out", tmp_path]
+    run_train(*argv, "--steps", 2, "--batch-size", 2, "--noise-schedule", "straight")
+    model, params, _ = train.load_model(tmp_path, "sixth")
+    assert (model.unet.strides, model.training.noise_schedule) == ((3, 5), "straight")
+    encode = partial(sample.encode, t5_encoder.load_text_encoder(tmp_path / "t5"))
+    audio = n2m.generate(["a tone"], {"sixth": (model, params)}, encode, "short", 0.5)["sixth"]
+    assert audio.shape == (1, 1_000) and np.isfinite(audio).all() and audio.std() > 0
+    assert "no small variant of sixth" in exits(capfd, train.main, *argv, "--tiny")
 
 
 def test_another_conditioning_input_is_five_places_to_touch(tmp_path, data, monkeypatch):
@@ -2050,12 +2019,8 @@ def runs(tmp_path_factory):
     return out
 
 
-def run_sample(*argv):
-    sample.main([str(a) for a in argv])
-
-
-def settings_in(folder):
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+run_sample = lambda *argv: sample.main([str(a) for a in argv])
+settings_in = lambda folder: [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
 
 
 def test_a_prompt_becomes_a_wav_by_each_route(tmp_path, runs):
@@ -2087,42 +2052,37 @@ def test_clip_i_of_a_seed_is_the_same_whatever_num_is(tmp_path, runs):
         assert abs(np.corrcoef(one, different)[0, 1]) < 0.5
 
 
-def test_a_file_of_prompts_continues_where_it_was_interrupted(tmp_path, runs):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text('slow piano\n\n{"prompt": "fast drums", "seed": 9, "seconds": 0.4}\n')
-    argv = ["--prompts", prompts, "-o", tmp_path / "out", "--models", runs, "--seconds", 0.5]
-    run_sample(*argv, "--no-superres")
+def test_clips_of_many_prompts_have_names_in_their_order():
+    """`evaluate.py` pairs the n-th clip by name with the n-th real one."""
+    for n in (1, 10_000, 21_638):  # Sec. 4.3.3: MagnaTagATune has 21,638
+        names = [sample.clip_name(i, n) for i in range(n)]
+        assert names == sorted(names) and len({*names}) == n
+    assert sample.clip_name(7, 10_000) == "0007.wav"
+
+
+def test_a_file_of_prompts_continues_where_it_was_interrupted(tmp_path, runs, capfd):
+    """Of all kinds of lines; prompt n has seed + n. Of captions (Sec. 4.3.3) the first long one, or
+    else all tags. 10,000 words are cut, with a remark; any script is encodable."""
+    hard = "спокойное фортепиано 静かなピアノ 🎹 </s> <extra_id_0>"
+    lines = ["word " * 10_000, "", hard, {"prompt": "fast drums", "seed": 3, "seconds": 0.4},
+             {"audio": "a.wav", "long": ["slow piano", "fast"], "short": ["bass"]},
+             {"audio": "a.wav", "tags": ["drums", "fast"], "title": "slow", "start": 1}]
+    write_tone(tmp_path / "a.wav")
+    (tmp_path / "prompts").write_text("\n".join(
+        line if isinstance(line, str) else json.dumps(line) for line in lines), "utf-8")
+    argv = ["--prompts", tmp_path / "prompts", "-o", tmp_path / "out", "--models", runs,
+            "--seconds", 0.5, "--seed", 7, "--steps", 1, "--no-superres"]
+    run_sample(*argv)
     wavs = sorted((tmp_path / "out").glob("*.wav"))
-    assert [soundfile.info(wav).frames for wav in wavs] == [8_000, 6_400]
-    assert [s["seed"] for s in settings_in(tmp_path / "out")] == [0, 9]
+    assert [soundfile.info(wav).frames for wav in wavs] == [8_000, 8_000, 6_400, 8_000, 8_000]
+    assert [(s["prompt"], s["seed"]) for s in settings_in(tmp_path / "out")][1:] == [
+        (hard, 8), ("fast drums", 3), ("slow piano", 10), ("slow, drums, fast", 11)]
+    assert "the model reads the first 63" in capfd.readouterr().err
     before = [wav.stat().st_mtime_ns for wav in wavs]
     wavs[1].with_suffix(".json").unlink()  # as if stopped while the second was written
-    run_sample(*argv, "--no-superres")
-    after = [wav.stat().st_mtime_ns for wav in wavs]
-    assert after[0] == before[0] and after[1] != before[1]
-
-
-def test_captions_are_prompts_and_line_n_has_seed_plus_n(tmp_path, runs):
-    """Sec. 4.3.3: the first long caption of a line of captions.jsonl, or else all its tags."""
-    folder = manifest(
-        tmp_path, {"audio": "a.wav", "long": ["slow piano", "fast"], "short": ["bass"]},
-        {"audio": "a.wav", "tags": ["drums", "fast"], "title": "slow", "start": 1})
-    write_tone(folder / "a.wav")
-    run_sample("--prompts", folder / "captions.jsonl", "-o", tmp_path / "out", "--models", runs,
-               "--seconds", 0.5, "--no-superres", "--seed", 7)
-    assert [(s["prompt"], s["seed"]) for s in settings_in(tmp_path / "out")] == [
-        ("slow piano", 7), ("slow, drums, fast", 8)]
-
-
-def test_hard_prompts_are_music_too(tmp_path, runs, capfd):
-    """10,000 words are cut, with a remark; any script is encodable."""
-    prompts = tmp_path / "prompts.txt"
-    hard = "спокойное фортепиано 静かなピアノ 🎹 </s> <extra_id_0>"
-    prompts.write_text("word " * 10_000 + f"\n{hard}\n", "utf-8")
-    run_sample("--prompts", prompts, "-o", tmp_path / "out", "--models", runs, "--seconds", 0.3,
-               "--no-superres", "--steps", 1)
-    assert len(list((tmp_path / "out").glob("*.wav"))) == 2
-    assert "the model reads the first 63" in capfd.readouterr().err
+    run_sample(*argv)
+    changed = [wav.stat().st_mtime_ns != old for wav, old in zip(wavs, before)]
+    assert changed == [False, True, False, False, False]
 
 
 def test_inference_parameters_reach_the_stages(runs):
@@ -2212,9 +2172,8 @@ def test_lines_are_utf8_and_end_in_newlines_only(tmp_path, data, right):
 
 
 def test_json_and_what_is_no_file(tmp_path):
-    for text in ('{"a": {"b": 1, "b": 2}}', "[" * 99_999, '{"a":' * 99_999, "9" * 9999):
-        with pytest.raises(ValueError):
-            t5_encoder.parse_json(text)
+    with pytest.raises(ValueError):
+        t5_encoder.parse_json('{"a": {"b": 1, "b": 2}}')
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
         for read in (t5_encoder.read_lines, read_safetensors, train.duration_of):
@@ -2238,22 +2197,14 @@ def test_whole_files_and_what_the_killed_leave(tmp_path, monkeypatch):
     assert [part.exists() for part in parts] == [False, True, True]
 
 
-FLAC_LENGTH = 21  # where the low four bytes of the number of samples are; four bits are before
-
-
-def flac_that_claims(path, samples):
-    data = bytearray(path.read_bytes())
-    data[FLAC_LENGTH] = data[FLAC_LENGTH] & 0xF0 | samples >> 32
-    data[FLAC_LENGTH + 1:FLAC_LENGTH + 5] = (samples % 2**32).to_bytes(4, "big")
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize("samples", [0, 2**36 - 1])
 def test_a_length_that_cannot_be_is_counted(tmp_path, samples):
     path = write_tone(tmp_path / "a.flac", 70.0)
     right = train.track_clips(train.Track(path))
     audio = train.load_audio(path, 35, 30, 16_000)
-    flac_that_claims(path, samples)
+    data = bytearray(path.read_bytes())  # the number of samples: four bits of byte 21, and 4 bytes
+    data[21:26] = (data[21] >> 4 << 36 | samples).to_bytes(5, "big")
+    path.write_bytes(data)
     assert train.track_clips(train.Track(path)) == right and len(right) == 2
     close(train.load_audio(path, 35, 30, 16_000), audio)
 
@@ -2304,21 +2255,16 @@ def test_one_entry_does_not_stop_a_run(tmp_path, capfd, monkeypatch):
         train.read_tracks(folder, True)
 
 
-def half_broken(folder):
-    """Four files of tones, one of them cut off in the middle."""
-    folder.mkdir()
-    for k in range(4):
-        write_tone(folder / f"{k}.flac", 31.0 if k == 1 else 3.0, hz=200 * (k + 1))
-    cut = (folder / "1.flac").read_bytes()
-    (folder / "1.flac").write_bytes(cut[:len(cut) // 2])
-    return manifest(folder, *({"audio": f"{k}.flac", "long": "x"} for k in range(4)))
-
-
 def test_a_blink_of_the_system_costs_nothing(tmp_path, small_models, capfd, monkeypatch):
     """A folder that is away and comes back changes no bit, beside a bad file. One that stays away
     stops the run, saved; and the resumed run is the uninterrupted one."""
     monkeypatch.setattr(train, "CACHE", 0)  # decoded at each step
-    folder, load, calls = half_broken(tmp_path / "music"), train.load_audio, []
+    folder, load, calls = tmp_path / "music", train.load_audio, []
+    manifest(folder, *({"audio": f"{k}.flac", "long": "x"} for k in range(4)))
+    for k in range(4):
+        write_tone(folder / f"{k}.flac", 31.0 if k == 1 else 3.0, hz=200 * (k + 1))
+    cut = (folder / "1.flac").read_bytes()
+    (folder / "1.flac").write_bytes(cut[:len(cut) // 2])
     run = lambda out, *argv: run_train("superresolution_cascader", "--tiny", "--data", folder,
                                        "--batch-size", 2, "--out", tmp_path / out, *argv)
     last = lambda out: last_tensors(tmp_path / out / "superresolution_cascader")
@@ -2447,6 +2393,16 @@ def test_signals_before_the_first_step(tmp_path, data, capfd, monkeypatch, signa
         assert err.count("\n") == 1 and number.name in err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9")])
+def test_out_of_memory_says_what_takes_less(error, capfd):
+    def run(_):
+        raise error
+
+    err = exits(capfd, partial(train.run_command, run))
+    assert "--accumulate" in err and err.count("\n") == 1
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keep_memory knows glibc alone")
 def test_freed_memory_is_not_handed_out_anew():
     code = """if True:
@@ -2493,6 +2449,9 @@ def test_settings_name_the_weights_and_the_json_its_wav(tmp_path, runs, capfd):
                                    0.3, "--no-superres", *more)
     again = lambda *more: (run(*more), capfd.readouterr().out.count("there already"))[1]
     assert (again(), again()) == (0, 2)
+    kept = "-o", tmp_path / "kept"
+    assert again(*kept) == again(*kept, "--keep-stages") == 0  # which a first run did not keep
+    assert again(*kept, "--keep-stages") == again(*kept) == 2
     wav = (out / "0000.wav").read_bytes()
     (out / "0001.wav").write_bytes(wav)  # under the json of another
     assert again() == 1
@@ -2527,21 +2486,6 @@ def test_the_first_stage_that_is_not_finite_is_named(tmp_path, runs, monkeypatch
     argv = "slow", "-o", tmp_path / "x.wav", "--models", runs, "--no-superres"
     assert "waveform_generator: sampled values" in exits(capfd, sample.main, *argv)
     assert not list(tmp_path.iterdir())
-
-
-def test_what_cannot_be_resumed_says_init(tmp_path, runs, data, small_models, capfd):
-    name = "superresolution_cascader"
-    path = train.checkpoints(runs / name)[0]
-    model, tensors, metadata = train.load_checkpoint(path, name, lambda n: n.startswith("ema/"))
-    train.write_checkpoint(tmp_path / name / path.name, tensors, model, metadata)
-    err = exits(capfd, train.main, name, "--data", data, "--out", tmp_path, "--resume")
-    assert "--init" in err and err.count("\n") == 1
-
-
-def test_days_are_said(tmp_path, capfd):
-    pending = [(1, np.ones(2), np.array([0.1, 0.9]), 1.0)]
-    train.report(pending, 3600.0, 101, tmp_path / "log.jsonl")
-    assert "ETA 4 days, 4:00:00" in capfd.readouterr().out
 
 
 # ---- sharding and several processes ----
@@ -2607,7 +2551,7 @@ def check_splits(name, N, *model_parallel):
 def test_every_split_of_eight_devices_gives_the_same_numbers(case):
     code = f"import test_noise2music; test_noise2music.check_splits(*{case})"
     subprocess.run([sys.executable, "-c", code], check=True, env=devices(8),
-                   cwd=Path(__file__).parent)
+                   cwd=ROOT)
 
 
 def devices(n):
@@ -2656,6 +2600,8 @@ def test_what_does_not_divide_is_an_error_that_names_it():
     assert odd == jax.P(None, None, "model")
     parts = [train.default_parts(n, mesh) for n in (4, 32, 64, 96)]
     assert parts == [1, 1, 2, 3]  # 1, 8, 16, 24 clips a device, 8 of them at once
+    args = train.parse_args(["waveform_generator", "--data", "x", "--out", "x"])
+    assert [train.mesh_and_parts(args, 64, before)[1] for before in (None, 16)] == [8, 16]
 
 
 def test_the_rows_of_all_processes_are_the_batch(monkeypatch):
@@ -2679,7 +2625,8 @@ def test_two_processes_train_as_one_and_resume_on_another_number(tmp_path, data)
     logged = lambda name, key: [entry[key] for entry in log_of(folders[name])]
 
     def pair(*more):
-        host = f"localhost:{free_port()}"
+        with socket.create_server(("localhost", 0)) as free:
+            host = f"localhost:{free.getsockname()[1]}"
         return [run(4, "two", *more, "--processes", 2, "--process", i, "--coordinator", host)
                 for i in (0, 1)]
 
@@ -2701,12 +2648,6 @@ def test_two_processes_train_as_one_and_resume_on_another_number(tmp_path, data)
     by_step = dict(zip(logged("two", "step"), logged("two", "loss")))
     for step, loss in zip(logged("one", "step"), logged("one", "loss")):
         assert step > saved + 1 or abs(by_step[step] - loss) < 1e-3 * loss
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
 
 
 def test_a_batch_that_does_not_divide_among_devices_is_refused_in_one_line(tmp_path, data):
@@ -2761,15 +2702,6 @@ def test_captions_are_drawn_with_probabilities_inverse_to_their_counts():
     check(6 - three[:n].sum(axis=1), last)
 
 
-def test_fad_of_a_set_with_itself_and_of_shifted_gaussians():
-    a, shift = n2m.gaussian(rng().normal(size=(500, 6))), np.arange(6.0)
-    few = n2m.gaussian(rng().normal(size=(5, 40)))
-    assert 0 <= n2m.frechet_distance(a, a) < 1e-9 and 0 <= n2m.frechet_distance(few, few) < 1e-9
-    close(n2m.frechet_distance(a, a._replace(mean=a.mean + shift)), shift @ shift, rtol=1e-9)
-    one, nine = (n2m.Gaussian(np.zeros(4), std * np.eye(4)) for std in (1, 3))
-    close(n2m.frechet_distance(one, nine), 4 * (3 - 1) ** 2)  # per dimension (s_a - s_b)^2
-
-
 @reference
 @pytest.mark.parametrize("clips", [400, 9])
 def test_fad_against_the_square_root_of_scipy(clips):
@@ -2791,16 +2723,6 @@ def test_fad_infinity_of_the_same_distribution_is_closer_to_zero():
     assert plain > 0.1 and abs(n2m.fad_infinity(x, truth)) < plain / 3
 
 
-def test_table_6_ranks_the_truth_above_the_shuffled():
-    text = rng().normal(size=(50, 8))
-    audio, generated = (text + s * rng(k).normal(size=text.shape) for k, s in ((1, 0.3), (2, 0.4)))
-    truth, shuffled, generated = n2m.table_6(generated, audio, text).values()
-    close(truth["gt-audio"], 1)
-    assert truth["gt-text"] > generated["gt-text"] > 0.7
-    assert max(abs(shuffled["gt-text"]), abs(shuffled["gt-audio"])) < 0.3
-    assert "gt-text" not in n2m.table_6(audio, audio)["generated audio"]
-
-
 def test_log_mel_statistics_are_a_vector_a_second():
     audio = 0.1 * normal(2, 40_000)
     x, second = n2m.log_mel_statistics(audio), n2m.log_mel(audio)[1, 100:200]
@@ -2820,8 +2742,7 @@ def test_windows_of_ten_seconds():
 
 # ---- README.md ----
 
-FOLDER = Path(__file__).parent
-README = (FOLDER / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def table_after(heading):
@@ -2833,7 +2754,7 @@ def table_after(heading):
 
 def top_level(file):
     """(last line, name) of every top-level statement of a file that names something."""
-    for node in ast.parse((FOLDER / file).read_text()).body:
+    for node in ast.parse((ROOT / file).read_text()).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else node
         target = target.elts[0] if isinstance(target, ast.Tuple) else target
         if name := getattr(target, "name", None) or getattr(target, "id", None):
@@ -2856,7 +2777,7 @@ def test_the_map_of_the_readme_is_complete_and_every_name_in_it_is_there():
         found |= cited(paper)
         words = re.findall(r"`([^`]+)`", here)
         files = [word.split()[0] for word in words if word.split()[0].endswith(".py")]
-        assert all((FOLDER / file).is_file() for file in files)
+        assert all((ROOT / file).is_file() for file in files)
         assert words or here.startswith("not here: "), here
         names = {name for file in ("noise2music.py", *files) for _, name in top_level(file)}
         for word in words:
@@ -2876,8 +2797,8 @@ def test_the_table_of_choices_is_what_grep_finds():
     tagged, listed = set(), set()
     tools = (f"tools/{name}.py" for name in ("corpora", "evaluate", "label", "listen", "plan"))
     for file in ("noise2music.py", "t5_encoder.py", "train.py", "sample.py", *tools):
-        ends = [(ast.parse((FOLDER / file).read_text()).body[0].end_lineno, file), *top_level(file)]
-        for number, line in enumerate((FOLDER / file).read_text().splitlines(), 1):
+        ends = [(ast.parse((ROOT / file).read_text()).body[0].end_lineno, file), *top_level(file)]
+        for number, line in enumerate((ROOT / file).read_text().splitlines(), 1):
             if re.search(r"(?<!`)(choice|departs):", line):
                 tagged.add((file, next(name for end, name in ends if number <= end)))
     for where, *_ in table_after("Where the paper is silent or disagrees with itself"):
@@ -2887,12 +2808,12 @@ def test_the_table_of_choices_is_what_grep_finds():
 
 
 def test_every_command_of_the_readme_is_understood_and_it_has_200_lines():
-    sys.path.insert(0, str(FOLDER / "tools"))
+    sys.path.insert(0, str(ROOT / "tools"))
     blocks, seen = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)), set()
     blocks = blocks.replace("\\\n", " ")
     for script, rest in re.findall(r"python (\S+\.py)(.*)", blocks):
         words = shlex.split(rest.replace("MODEL", "waveform_generator"), comments=True)
-        assert (FOLDER / script).is_file(), script
+        assert (ROOT / script).is_file(), script
         __import__(Path(script).stem).parse_args(words)
         seen.add(script)
     assert seen >= {"sample.py", "train.py", "tools/label.py", "tools/evaluate.py"}

@@ -295,11 +295,10 @@ def example_maker(clips: list[Clip], model: n2m.Model, seed: int, count_tokens=N
 
     def example(index):
         rng, (epoch, i) = np.random.default_rng([seed, 1, index]), divmod(index, size)
-        clip = clips[order(epoch)[i]]
-        for _ in range(100):  # others take the place of what cannot be decoded
+        for k in range(100):  # others take the place of what cannot be decoded
+            clip = clips[rng.integers(len(clips)) if k else order(epoch)[i]]
             if (audio := audio_or_none(clip)) is not None:
                 break
-            clip = clips[rng.integers(len(clips))]
         check(audio is not None, f"{clip.track.path}: this file and 99 others cannot be decoded")
         # Sec. 4.1: "the entire 30-second representation" for the generators, "randomly sampled
         # snippets" for the rest. choice: silence where a file is shorter.
@@ -418,8 +417,8 @@ def join_processes(args):
             raise ValueError(f"{address}: {str(error).splitlines()[0]}") from None
         finally:
             timer.cancel()
-    if jax.process_index():
-        sys.stdout = open(os.devnull, "w")  # one process speaks; warnings come from each
+    if jax.process_index():  # one process speaks; warnings come from each
+        sys.stdout = open(os.devnull, "w", errors="replace")
 
 
 def any_process(flag: bool) -> bool:
@@ -440,12 +439,14 @@ def default_parts(batch_size: int, mesh) -> int:
     return next(n for n in range(1, each + 1) if each % n == 0 and each // n <= 8)
 
 
-def mesh_and_parts(args, batch_size: int):
-    """All devices as a mesh, and the number of parts of a batch."""
+def mesh_and_parts(args, batch_size: int, before: int | None = None):
+    """All devices as a mesh, and the number of parts of a batch. Each part has noise of its own: a
+    resumed run has as many as `before`, on any number of devices."""
     mesh, local = n2m.make_mesh(args.model_parallel), jax.local_device_count()
     check(local % args.model_parallel == 0,
           f"--model-parallel {args.model_parallel} does not divide a process's {local} devices")
-    across, parts = mesh.shape["data"], args.accumulate or default_parts(batch_size, mesh)
+    across = mesh.shape["data"]
+    parts = args.accumulate or before or default_parts(batch_size, mesh)
     check(batch_size % (parts * across) == 0, f"a batch of {batch_size} does not divide into "
           f"{parts} parts for {across} groups of devices; choose --batch-size or --accumulate")
     return mesh, parts
@@ -482,7 +483,7 @@ def gather(tree):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*.safetensors"))
+    return sorted(folder.glob(f"checkpoint-{'[0-9]' * 8}.safetensors"))
 
 
 def flatten(tree) -> dict:
@@ -545,6 +546,7 @@ def load_params(path: Path, name: str, raw: bool = False):
     """(model, EMA, metadata) to sample from (Sec. 4.1), or with `raw` the parameters themselves."""
     prefix = "params/" if raw else "ema/"
     model, tensors, metadata = load_checkpoint(path, name, lambda tensor: tensor.startswith(prefix))
+    check(tensors or not raw, f"{path}: holds averages alone; leave --raw out")
     shapes = jax.eval_shape(lambda: n2m.init_params(jax.random.key(0), model.unet))
     return model, restore(shapes, tensors, prefix, path), metadata
 
@@ -578,8 +580,8 @@ def new_run(args, folder: Path, captions: list[str]) -> Run:
     if args.init:
         check(args.init.is_file(), f"{args.init}: --init takes a file, checkpoint-*.safetensors")
         model, params, metadata = load_params(args.init, args.model)
-        metadata["t5"] = metadata["t5"] or str(args.init.resolve().parents[1] / "t5")
-    metadata |= {"seed": args.seed or 0, "index": 0}
+        metadata["t5"] = metadata["t5"] or str(args.init.resolve().parent.parent / "t5")
+    metadata |= {"seed": args.seed or 0, "index": 0, "parts": None}
     model = overridden(model, args)
     encoder, metadata = text_encoder(args, model, metadata, captions)
     if encoder:
@@ -609,6 +611,8 @@ def overridden(model: n2m.Model, args) -> n2m.Model:
     given = lambda names: {k: v for k in names if (v := getattr(args, k)) is not None}
     c = replace(model.training, **given(OVERRIDES))
     check(c.warmup_steps < c.decay_steps, "--warmup-steps must be below --decay-steps")
+    if c.steps > c.decay_steps:
+        warn(f"from step {c.decay_steps} on the learning rate is 0; give more --decay-steps")
     return replace(model, training=c, unet=replace(model.unet, **given(["dtype", "remat"])))
 
 
@@ -668,7 +672,6 @@ def lock(path: Path):
 def train(args, run: Run, folder: Path, clips: list[Clip], mesh, parts: int):
     """The loop: step, log, save, sample; until the last step, a signal, or a loss not finite."""
     (model, state, metadata, encoder), stop, path = run, [], None
-    state = place(state, state_layout(model, mesh))
     # The first signal saves and stops, a second just stops.
     on_signals(lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
     c, step, seed, index = model.training, int(state.step), metadata["seed"], metadata["index"]
@@ -679,12 +682,13 @@ def train(args, run: Run, folder: Path, clips: list[Clip], mesh, parts: int):
     if jax.process_index() == 0:  # a killed run may have left lines of later steps
         read_log(log, lambda entry: entry["step"] <= step)
     pending, begin = [], time.monotonic()
+    metadata = metadata | {"parts": parts}
     save = lambda: save_checkpoint(folder, state, model, metadata | {"index": index})
     try:
         print(f"training to step {c.steps}; the first step compiles", flush=True)
         for examples in batches(example, process_rows(c.batch_size, parts), c.batch_size, index):
+            batch = batch_of(examples)  # outside the mesh: each process encodes its own texts
             with jax.set_mesh(mesh):
-                batch = batch_of(examples)
                 state, *logged = train_step(state, model, seed, batch, parts, mesh)
             step, index = step + 1, index + c.batch_size
             pending.append((step, *logged))
@@ -878,7 +882,7 @@ def parse_args(argv=None):
     size("--init", type=Path, metavar="FILE", help="begin with the averaged parameters, "
          "configuration and T5 of a checkpoint")
     add("--t5", metavar="DIR", help="T5 in Hugging Face's layout (default: RUNS/t5, random if new)")
-    add("--seed", type=number(int, 0, 2**63 - 1), help="of parameters, noise, data (default: 0)")
+    add("--seed", type=number(int, 0, 2**31 - 1), help="of parameters, noise, data (default: 0)")
     add("--resume", action="store_true", help="go on from the last checkpoint, bit for bit")
     add("--bf16", dest="dtype", action="store_const", const="bfloat16", help="compute in bfloat16")
     add("--remat", action="store_const", const=True, help="save memory: compute blocks twice")
@@ -930,7 +934,8 @@ def run(args):
         clips = [clips[len(clips) // 2]._replace(seconds=model.training.seconds)]
     else:
         clips = mixed_clips(args.data, folders)
-    mesh, parts = mesh_and_parts(args, model.training.batch_size)
+    parts = begun.metadata.get("parts")
+    mesh, parts = mesh_and_parts(args, model.training.batch_size, parts)
     print(f"{len(tracks)} tracks, {len(clips)} clips of up to {CLIP_SECONDS} s\n"
           f"{model.name}: {n / 1e6:.1f} M parameters, {n * 16 / 2**30:.2f} GiB with their average "
           f"and Adam's moments, on {mesh.size} x {jax.devices()[0].device_kind}", flush=True)
@@ -938,6 +943,8 @@ def run(args):
         step = [int(begun.state.step)] if args.resume else []
         check([int(path.stem[-8:]) for path in checkpoints(folder)[-1:]] == step,
               f"{folder}: another process has just trained here")
+        # The one reference to the state that each process has whole is given up here.
+        begun = begun._replace(state=place(begun.state, state_layout(model, mesh)))
         train(args, begun, folder, clips, mesh, parts)
 
 
@@ -976,17 +983,21 @@ def keep_programs():
 def run_command(run: Callable, args):
     """Runs a script's command: what its user can mend becomes one line and exit status 2."""
     on_signals(lambda n, _: fail(f"stopped by {signal.Signals(n).name}", 128 + n))
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no error
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # which may be closed
+        # A name that the terminal cannot show is no error.
         stream.reconfigure(errors="backslashreplace")
     jax.config.update("jax_enable_x64", False)  # whatever the environment says
     keep_programs()
     try:
         run(args)
-        sys.stdout.flush()
-    except RuntimeError as error:
-        first = str(error).splitlines()[0]
+        print(end="", flush=True)
+    except (RuntimeError, MemoryError) as error:
+        first = f"{error}\n".splitlines()[0]
         if "initialize backend" in first:
             fail(f"JAX_PLATFORMS: {first}")
+        if isinstance(error, MemoryError) or first.startswith("RESOURCE_EXHAUSTED"):
+            fail("out of memory; less is needed in bfloat16 (--bf16), of fewer or shorter clips at "
+                 "once (--num, --seconds), and in training with --accumulate and --remat")
         if not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
             raise
         warn(f"process {jax.process_index()}: another process of this run has ended, so this one "

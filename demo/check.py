@@ -168,13 +168,14 @@ def frames_of(audio, size: int) -> np.ndarray:
     return librosa.util.frame(audio, frame_length=size, hop_length=size // 4)
 
 
-def tones_in_rests(audio, rate: int, frequencies, size: int = 8192):
+def tones_in_rests(audio, rate: int, frequencies):
     """dB by which a line at each frequency stands above the 40 Hz around it, where a clip is QUIET
     for 4 frames; None of a clip that is not.
 
     Of the spectrum in dB, the median over those frames: the highest of the 3 bins of a line less
     the median of those around. The highest of three bins of plain noise is 2 dB above it.
     """
+    size = 8192
     level = loudness(frames := frames_of(audio, size))
     quiet = level <= level.max() - QUIET
     if quiet.sum() < 4:
@@ -203,7 +204,9 @@ def rests(paths, route: str) -> dict:
 
 
 def clips(args):
-    paths = sorted(args.clips.glob("*.wav"))
+    paths = sorted(path for path in args.clips.glob("*.wav") if path.stem.isdigit())
+    if not paths:
+        sys.exit(f"{args.clips}: no clips of sample.py --prompts in it")
     instruments = np.array([instrument_of(int(path.stem)) for path in paths])
     real, held = real_clips(args.data / "train"), real_clips(args.data / "heldout")
     names, held_names = (np.array([e["instrument"] for e in entries]) for entries in (real, held))

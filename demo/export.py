@@ -2,7 +2,7 @@
 
     python demo/export.py runs demo
 
-The averaged parameters in bfloat16, and the T5.
+The averaged parameters in bfloat16, in place of what DIR has of these models, and the T5.
 """
 
 import shutil
@@ -22,9 +22,10 @@ def export(args):
     for name in n2m.MODELS:
         if not (found := checkpoints(args.runs / name)):
             continue
-        path = args.out / name / found[-1].name
-        check(not path.exists() or "step" not in read_safetensors(path)[0],
-              f"{path}: a checkpoint that training goes on from; name another DIR")
+        path, older = args.out / name / found[-1].name, checkpoints(args.out / name)
+        for each in older:
+            check("step" not in read_safetensors(each)[0],
+                  f"{each}: a checkpoint that training goes on from; name another DIR")
         model, tensors, metadata = load_checkpoint(found[-1], name, lambda n: n.startswith("ema/"))
         if metadata["t5_fingerprint"]:
             t5, copy = Path(metadata["t5"] or args.runs / "t5"), args.out / "t5"
@@ -32,6 +33,8 @@ def export(args):
                 shutil.copytree(t5, copy, dirs_exist_ok=True)
         tensors = {k: v.astype(jnp.bfloat16) for k, v in tensors.items()}
         write_checkpoint(path, tensors, model, metadata | {"t5": None})
+        for each in {*older} - {path}:  # one a model: sample.py would take the last
+            each.unlink()
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -7,8 +7,8 @@
 
 Every clip is 12 s of one piece, on one of twelve instruments, transposed into its range, at a tempo
 that makes the captioned word true: it is the number of notes begun in a second that "slow",
-"medium" and "fast" mean. A tenth of the pieces, whole, is held out. The result depends on the seed
-alone; a run that was stopped goes on where it was.
+"medium" and "fast" mean. A tenth of the tunes, whole, is held out; no chorale is. The result
+depends on the seed and the soundfont alone; a run that was stopped goes on where it was.
 
 Sources and licences. The music: O'Neill's Music of Ireland (1850 tunes, 1903), Ryan's Mammoth
 Collection (1883), Aird's Airs (1782) and J. S. Bach's chorales; all in the public domain,
@@ -20,6 +20,7 @@ electronic formats reserved"). The sound: FluidR3, Frank Wen, MIT licence.
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,7 +52,7 @@ class Piece(NamedTuple):
 
 # ---- The words that captions are made of ----
 
-INSTRUMENTS = {  # its words, the first half of the time; General MIDI program; middle of its range
+INSTRUMENTS = {  # its words, the first most often; General MIDI program; middle of its range
     "piano": (("piano", "grand piano", "pianoforte"), 0, 67),
     "harpsichord": (("harpsichord", "cembalo"), 6, 67),
     "music box": (("music box", "musical box"), 10, 84),
@@ -191,7 +192,7 @@ def all_pieces(out: Path, pool) -> list[Piece]:
 
 
 def held_out(piece: Piece) -> bool:
-    """By title: the three collections have tunes in common."""
+    """By title: the three collections have tunes in common. A chorale's title is but a number."""
     return zlib.crc32(re.sub(r"[^a-z]", "", piece.title.lower()).encode()) % 10 == 0
 
 
@@ -199,8 +200,8 @@ def held_out(piece: Piece) -> bool:
 
 
 def excerpt(rng, piece: Piece, tempo: str):
-    """(notes in seconds, notes begun in a second) of SECONDS of a piece from a random note on, or
-    its end repeated from there."""
+    """(notes in seconds, notes begun in a second) of SECONDS of a piece from a random note on. What
+    is left of the piece is repeated as often as it takes."""
     _, low, high = TEMPI[tempo]
     rate, onsets = rng.uniform(low, high), np.unique([onset for onset, _, _ in piece.notes])
     wanted = int(rate * SECONDS) + 1
@@ -303,7 +304,13 @@ def main():
     if not args.soundfont.is_file():
         parser.exit(2, f"{args.soundfont}: no such file; apt-get install fluid-soundfont-gm, or "
                     "name another with --soundfont\n")
+    if not shutil.which("fluidsynth"):
+        parser.exit(2, "fluidsynth: not installed; apt-get install fluidsynth\n")
     args.out.mkdir(parents=True, exist_ok=True)
+    made, kept = f"seed {args.seed}, {args.soundfont.name}\n", args.out / "made_with.txt"
+    if kept.exists() and kept.read_text() != made:
+        parser.exit(2, f"{args.out}: made with {kept.read_text().strip()}; name another OUT\n")
+    kept.write_text(made)
     with ProcessPoolExecutor() as pool:
         pieces = all_pieces(args.out, pool)
         splits = {"heldout": [p for p in pieces if held_out(p)],

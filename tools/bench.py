@@ -42,6 +42,11 @@ def figure(name: str, **entries):
     print(json.dumps({"figure": name, **entries, "machine": machine()}), flush=True)
 
 
+def cores() -> int:
+    """Those that this process may use, all or what `taskset` leaves."""
+    return len(os.sched_getaffinity(0))
+
+
 @functools.cache
 def machine() -> str:
     """What a time depends on: the processor, its cores, the packages."""
@@ -49,7 +54,7 @@ def machine() -> str:
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines()
              if line.startswith("model name")] if info.exists() else []
     chip = (names or [platform.machine()])[0]
-    return f"{chip}, {os.cpu_count()} cores, jax {jax.__version__}, {jax.devices()[0].device_kind}"
+    return f"{chip}, {cores()} cores, jax {jax.__version__}, {jax.devices()[0].device_kind}"
 
 
 def models(args) -> list[n2m.Model]:
@@ -93,7 +98,7 @@ def network(args):
 
     torch.set_num_threads(THREADS)
     train.keep_memory()  # for both sides
-    check(os.cpu_count() <= THREADS, f"compare on {THREADS} cores: taskset -c 0,1 python ...")
+    check(cores() <= THREADS, f"compare on {THREADS} cores: taskset -c 0,1 python ...")
     for model in models(args):
         cfg, inputs = model.unet, training_case(model)
         params, x, t, condition, text_on = inputs
@@ -138,7 +143,6 @@ def sampler(args):
     for model in models(args):
         seconds, cfg = model.training.seconds, model.unet
         params, x_t, condition, keys = plan.step_inputs(model, 1, seconds)
-        params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
         twice = 1 + n2m.uses_text(model)  # guidance: with the prompt and without
         both = jax.tree.map(lambda a: jnp.concatenate([a] * twice), (x_t, condition))
         forward, N = jax.jit(n2m.unet, static_argnums=1), model.inference.steps

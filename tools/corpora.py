@@ -19,8 +19,9 @@ AudioSet: the clips with a label of App. D, of those that are in the folder: by 
 start, `ID_30.wav` for 30 s or 30000 ms, `ID_30_40.wav`, or by the id alone, before all of which a
 `Y` may stand. MuLaMCap (Sec. 3.5) is what label.py then makes of a folder for training, and of
 another for evaluation:
-    python tools/label.py ./clips --vocabulary long lamda_lf.txt --vocabulary long rater_lf.txt \\
-        --vocabulary short rater_sf.txt --audio-embedder x:audio --text-embedder x:text
+    python tools/label.py ./clips --vocabulary long vocabularies/lamda_lf.txt \\
+        --vocabulary long vocabularies/rater_lf.txt --vocabulary short vocabularies/rater_sf.txt \\
+        --audio-embedder x:audio --text-embedder x:text
 What is evaluated on MusicCaps is trained without Rater-LF (Sec. 3.6).
 """
 
@@ -41,12 +42,26 @@ from train import AUDIO, new_parser
 
 # ---- Files ----
 
+AS_PUBLISHED = "give the file as its makers publish it"
+
+
+def all_rows(path: Path, reader) -> list:
+    """The rows that a csv reader makes of a file, or a ValueError where it can make none of one."""
+    try:
+        return list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}; {AS_PUBLISHED}") from None
+
+
 def read_csv(path: Path, columns: set[str], **kind) -> list[dict]:
     """The rows of a table with a header."""
-    rows = list(csv.DictReader([f"{line}\n" for line in read_lines(path)], **kind))
+    rows = all_rows(path, csv.DictReader([f"{line}\n" for line in read_lines(path)], **kind))
     check(rows, f"{path}: no rows in it")
     check(columns <= rows[0].keys(), f"{path}: lacks {', '.join(sorted(columns - rows[0].keys()))};"
-          " give the file as its makers publish it")
+          f" {AS_PUBLISHED}")
+    for n, row in enumerate(rows, 1):
+        check(all(row[column] is not None for column in columns),
+              f"{path}: row {n} is cut off; {AS_PUBLISHED}")
     return rows
 
 
@@ -130,7 +145,7 @@ def raters(path: Path):
 
 def songs(path: Path, template: Path):
     """LaMDA-LF: a prompt for each song."""
-    text = template.read_text("utf-8")
+    text = "\n".join(read_lines(template))
     check("{title}" in text and "{artist}" in text,
           f"{template}: says nowhere {{title}} or nowhere {{artist}}")
     fill = lambda song: re.sub(r"\{(title|artist)\}", lambda match: song[match[1]], text)
@@ -229,14 +244,15 @@ class Segment(NamedTuple):
 
 def read_segments(path: Path):
     """The clips of one of AudioSet's CSVs; lines of comment begin with #."""
-    for n, row in enumerate(csv.reader(read_lines(path), skipinitialspace=True), 1):
+    rows = all_rows(path, csv.reader(read_lines(path), skipinitialspace=True))
+    for n, row in enumerate(rows, 1):
         if row and not row[0].startswith("#"):
             try:
                 ytid, start, end, labels = row
                 yield Segment(ytid, float(start), float(end), labels.split(","))
             except ValueError:
                 raise ValueError(f"{path}:{n}: not a YouTube id, a start, an end and labels; "
-                                 "give the file as its makers publish it") from None
+                                 f"{AS_PUBLISHED}") from None
 
 
 def class_names(path: Path) -> dict[str, str]:
@@ -267,7 +283,7 @@ def clip_file(files: dict[str, Path], ytid: str, start: float, end: float) -> Pa
 
 def audioset(args):
     """metadata.jsonl of the music in a folder. Its labels are kept, but are no captions: MuLaMCap
-    has none but the pseudo-labels."""
+    has none but the pseudo-labels (and what a file's own header says, if it has one)."""
     files, lines, sizes = audio_files(args.folder), [], Counter()
     for path in args.segments:
         part = "evaluation" if path.name.startswith("eval") else "training"
@@ -308,10 +324,12 @@ def audioset_music_eval(path: Path, folder: Path | None):
 def musiccaps(path: Path, folder: Path | None):
     """"We use the rater captions as text prompts"."""
     files = audio_files(folder) if folder else {}
-    for row in read_csv(path, {"ytid", "start_s", "end_s", "caption"}):
-        caption = " ".join(row["caption"].split())
-        yield {"long": caption}, clip_file(files, row["ytid"], float(row["start_s"]),
-                                           float(row["end_s"]))
+    for n, row in enumerate(read_csv(path, {"ytid", "start_s", "end_s", "caption"}), 1):
+        try:
+            times = float(row["start_s"]), float(row["end_s"])
+        except ValueError as error:
+            raise ValueError(f"{path}: row {n}: {error}; {AS_PUBLISHED}") from None
+        yield {"long": " ".join(row["caption"].split())}, clip_file(files, row["ytid"], *times)
 
 
 class PromptSet(NamedTuple):

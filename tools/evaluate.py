@@ -52,8 +52,8 @@ import corpora
 import noise2music as n2m
 from label import WINDOWS, embed_audio, embed_texts, load_embedder, load_embeddings, progress
 from sample import (LENGTH, MAX_SEED, OVERRIDES, SECONDS, Job, add_model_options, caption_of,
-                    check_writable, clean_prompt, finished, load_weights, read_prompts, run_job,
-                    serving_mesh, stages_of)
+                    check_writable, clean_prompt, clip_name, finished, load_weights, read_prompts,
+                    run_job, serving_mesh, stages_of)
 from t5_encoder import check, parse_json
 from train import (Clip, append_log, duration_of, load_audio, lock, new_parser, number, patiently,
                    read_log, read_tracks, reason, run_command, track_clips, warn)
@@ -268,11 +268,16 @@ def sweep_points(weights) -> list:
 def sweep(args):
     """A JSON line for each point of Figs. 2 and 3. A second run goes on where the first stopped."""
     check_writable(args.out)
+    check(args.audio_embedder, "sweep needs an --audio-embedder, for the clips that it samples")
     truth = evaluation_set(args.reference, args.audio_embedder, args.excerpt)
     prompts = [e["prompt"] for e in read_prompts(args.prompts)] if args.prompts else truth.texts
     check(prompts,
           f"{args.reference}: not every clip has a caption; give the prompts with --prompts")
-    truth = EvaluationSet(*(a if a is None else a[: args.limit] for a in truth))
+    check(len(prompts) > 1, f"{args.prompts}: a sweep compares clips; give two prompts or more")
+    truth = EvaluationSet(truth.embeddings[: args.limit], prompts[: args.limit])
+    if args.text_embedder and len(truth.texts) == len(truth.embeddings):  # an error comes now
+        shape = len(truth.texts), truth.embeddings.shape[-1]
+        text_embeddings(args.text_embedder, truth.texts, shape)
     mesh = serving_mesh(1, 1)
     weights, encoder, _, identity = load_weights(args, stages_of(args.route, False), mesh)
     c = next(iter(weights.values()))[0].training
@@ -295,8 +300,11 @@ def sweep(args):
             point = "-".join(str(part) for part in [name or "base", *changes.values()])
             folder = args.out.with_suffix("") / point
             print(f"[{n}/{len(points)}] {point}", file=sys.stderr)
+            names = [clip_name(i, len(prompts)) for i in range(len(prompts))]
+            check({path.name for path in folder.glob("*.wav")} <= {*names},
+                  f"{folder}: holds clips of another sweep; move it away")
             for i, prompt in enumerate(prompts):
-                job = Job(prompt, args.seed + i, seconds, folder / f"{i:04d}.wav")
+                job = Job(prompt, args.seed + i, seconds, folder / names[i])
                 if not finished(args, changed, identity, job):
                     check_writable(job.out)
                     run_job(args, changed, encoder, identity, mesh, job)

@@ -2,10 +2,12 @@
 
     # the vocabularies of Sec. 3.5, and AudioSet's music for MuLaMCap; both have a --help of their
     # own, and folders of these names are ./vocabulary and ./audioset
-    python tools/label.py vocabulary raters musiccaps-public.csv -o .
+    python tools/label.py vocabulary raters musiccaps-public.csv
+    python tools/label.py vocabulary answers answers.jsonl
     python tools/label.py audioset clips eval_segments.csv
     # the training set of Sec. 3.6: pseudo-labels
-    python tools/label.py music --vocabulary long rater_lf.txt --vocabulary short rater_sf.txt \\
+    python tools/label.py music --vocabulary long vocabularies/lamda_lf.txt \\
+        --vocabulary short vocabularies/rater_sf.txt \\
         --audio-embedder my_mulan:audio --text-embedder my_mulan:text
     # and its high-quality part: metadata alone, all clips of a track
     python tools/label.py library --high-quality
@@ -18,9 +20,10 @@ embedder takes audio (16, samples), float32 at 16 kHz, and returns (16, E) or, o
 .npy or .npz, in the order of metadata.jsonl or of the file names, and of the clips of a track.
 
 DIR/metadata.jsonl, if there, says of each track {"audio": "one.flac", "title": "...", "tags":
-["jazz", "piano"]}; otherwise all audio in DIR is taken, with the title, artist, album and genre
-that the files hold. The result is the captions.jsonl that training reads. A second run goes on
-where the first was stopped (delete the folder OUT.work after a change inside an embedder).
+["jazz", "piano"]}; otherwise all audio in DIR is taken. Of a track with neither title nor tags, the
+title, artist, album and genre that its file holds are taken. The result is the captions.jsonl that
+training reads. A second run goes on where the first was stopped (delete the folder OUT.work after a
+change inside an embedder).
 """
 
 import importlib

@@ -69,9 +69,9 @@ def tpu(topology: str):
     return found.devices, CHIPS[kind]
 
 
-def array(*shape, dtype=jnp.float32):
+def array(*shape):
     """An array that is not there: what a program is compiled for."""
-    return jax.ShapeDtypeStruct(shape, dtype)
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def laid_out(tree, layout):
@@ -124,7 +124,7 @@ def plan(name: str, lowered, params: float, chip: Chip, repeat: int = 1, beside:
           f"{links:9.2f} ms {step:7.1f} ms {used:7.2f} GiB {seconds:10.0f} s   {kinds}{beside}",
           flush=True)
     check(used <= chip.memory, f"{name}: {used:.1f} GiB do not fit a chip of {chip.memory} GiB; a "
-          "larger --accumulate or topology does")
+          "larger topology does, or in training --accumulate")
     return step
 
 
@@ -139,7 +139,7 @@ def step_inputs(model: n2m.Model, num: int, seconds: float):
     condition = n2m.sampling_condition(model, given, previous, seconds)
     x_t = jnp.zeros((num, n2m.padded_length(cfg, round(seconds * model.rate)), cfg.out_channels))
     params = n2m.init_params(jax.random.key(0), cfg)
-    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)  # as with --bf16
+    params = jax.tree.map(lambda p: p.astype(cfg.dtype), params)  # as `sample.py` does
     return params, x_t, condition, jax.random.split(jax.random.key(0), num)
 
 

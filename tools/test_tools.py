@@ -70,6 +70,7 @@ def test_exported_averages_sample_and_begin_another_run(tmp_path, data, monkeypa
               "--learning-rate", 1e-30)
     begun = read_safetensors(last(tmp_path / "more"))[0]
     export.main([str(tmp_path / "more"), str(demo)])  # whose T5 it has: left as it is
+    assert [path.name for path in train.checkpoints(demo / name)] == [last(tmp_path / "more").name]
     for k in averages:
         close(np.float32(exported[k]), averages[k], rtol=2**-8)
         close(begun[k.replace("ema/", "params/")], np.float32(exported[k]), atol=1e-20)
@@ -700,6 +701,9 @@ def test_a_sweep_goes_on_where_it_was_stopped(toy, runs, monkeypatch, capfd):
             path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-1]))  # the last line
         sweep()
         assert sampled == again and Path("s.jsonl").read_bytes() == text
+    shutil.copy(f"{clip}.wav", "s/waveform_cascader-6/0002.wav")  # of a sweep without the limit
+    Path(lines).write_bytes(b"".join(text.splitlines(True)[:-1]))
+    assert "s/waveform_cascader-6: holds clips of another sweep" in exits(capfd, lambda _: sweep())
 
 
 def test_tables_5_and_6_in_the_papers_layout(toy, capfd):
@@ -913,15 +917,20 @@ REFUSALS = [(script, f"{start} {argv}", words) for script, start, rows in [
         "songs csv.csv": "SONGS.csv TEMPL",
         "raters csv.csv": "csv.csv: lacks aspect_list, caption; give the file as its makers pub",
         "raters aspects.csv": "aspects.csv: row 1: aspect_list is not a list of tags",
+        "raters cut.csv": "cut.csv: row 1 is cut off; give the file as its makers publish it",
+        "raters ends.csv": "ends.csv: new-line character seen in unquoted field",
         "songs csv.csv words.txt": "words.txt: says nowhere {title}",
+        "songs csv.csv both.npz": "both.npz:1: is not UTF-8",
         "raters zero.npy": "no rows in it",
         "answers words.txt": "words.txt:1: not a JSON object with title, artist, answer",
         "answers told/captions.jsonl": "captions.jsonl:1: not a JSON object"}),
     ("label", "audioset music", {
         "csv.csv": "class_labels_indices.csv",
-        "bad/csv.csv": "csv.csv:1: not a YouTube id, a start"}),
+        "bad/csv.csv": "csv.csv:1: not a YouTube id, a start",
+        "bad/ends.csv": "ends.csv: new-line character seen in unquoted field"}),
     ("evaluate", "prompts", {"": "prompts --help",
                              "mtat csv.csv": "csv.csv: lacks clip_id, mp3_path;",
+                             "musiccaps times.csv": "times.csv: row 1: could not convert string",
                              "mtat mtat.csv --clips music": "music: holds none of the 1 clips",
                              "audioset bad/csv.csv --clips absent": "absent: no such folder"}),
     ("evaluate", "", {"": "command", "score": "'score'"}),
@@ -956,8 +965,10 @@ REFUSALS = [(script, f"{start} {argv}", words) for script, start, rows in [
         "-o s.json": "-o takes the name of a .jsonl", "--limit 1": "--limit",
         **{f"--seconds {s}": "--seconds" for s in (-1, 0, "nan")},
         "--audio-embedder toy:audio --prompts absent": "absent"}),
+    ("evaluate", "sweep x.npy --prompts gap.txt", {"": "sweep needs an --audio-embedder"}),
     ("evaluate", "sweep told --models music --audio-embedder toy:audio --excerpt 1", {
-        "": "no trained waveform_generator"}),
+        "": "no trained waveform_generator", "--prompts lone.txt": "give two prompts or more",
+        "--text-embedder wide.npy": "wide.npy: text embeddings (8, 3); wanted (2, "}),
     ("plan", "", {"v5:2x2x1": "is not KIND:AxBxC", "v4:2x2x1 --num 0": "--num",
                   "v4:2x2x1 --only x": "--only"}),
     ("export", "absent", {"x": "no checkpoints"}),
@@ -976,13 +987,17 @@ def test_tools_refuse_in_one_line(toy, runs, capfd, script, argv, words):
     for name, content in [("text", b"a tone of 1 Hz\n"), ("zero", b"")]:
         vocabulary(f"{name}.txt", 1, 2, 3), Path(f"{name}.npy").write_bytes(content)
     vocabulary("words.txt", 1, 2, 3), Path("gap.txt").write_text("a\n\nc\n")
+    Path("lone.txt").write_text("a\n")
     np.savez("both.npz", np.ones(2), np.ones(2)), Path("text.npz").write_text("text")
     zipfile.ZipFile("member.npz", "w").writestr("readme.txt", "text")
     for name, content in {"csv": "title,artist\n", "bad/csv": "",
-                          "aspects": "caption,aspect_list\n",
+                          "aspects": "caption,aspect_list\n", "cut": "id,caption,aspect_list\n",
+                          "ends": "caption,aspect_list\na\rb,c\n", "bad/ends": "a\rb,c\n",
+                          "times": "ytid,start_s,end_s,caption\na,b,c,d\n",
                           "bad/class_labels_indices": "mid,display_name\n",
                           "mtat": "clip_id\ttag\tmp3_path\n2\t1\ta.mp3\n"}.items():
-        Path(f"{name}.csv").write_text(content + ("x,y\n" if "mtat" not in name else ""))
+        rest = "" if name in ("mtat", "times") else "x,y\n"
+        Path(f"{name}.csv").write_bytes((content + rest).encode())
     Path("csv.json").write_text("{}")
     main = {"label": label, "evaluate": evaluate, "listen": listen, "plan": plan,
             "export": export}[script].main

@@ -1,7 +1,6 @@
 """What a sceptical reader checks: noise2music.py against the paper, T5 against its reference."""
 
 import ast
-import dataclasses
 import functools
 import io
 import itertools
@@ -1778,17 +1777,6 @@ def test_what_a_checkpoint_refuses(tmp_path):
         write(model, meta)
         with pytest.raises(ValueError, match=words):
             train.load_model(tmp_path, model.name)
-
-
-def test_configurations_of_older_checkpoints():
-    model = small("spectrogram_vocoder")
-    old = dataclasses.asdict(model)
-    old["unet"] |= {"segments": 1}
-    del old["unet"]["dtype"], old["unet"]["remat"], old["inference"]["sampler"]
-    for gamma, sampler in ((None, "renoise"), (0.5, "ddpm")):
-        old["inference"]["gamma"] = gamma
-        inference = replace(model.inference, gamma=gamma or 0, sampler=sampler)
-        assert train.model_from_json(json.dumps(old)) == replace(model, inference=inference)
 
 
 REFUSALS = [  # script, command line, words of the line in which it refuses it with status 2

@@ -509,9 +509,6 @@ def save_checkpoint(folder: Path, state: State, model: n2m.Model, metadata: dict
 
 def model_from_json(text: str) -> n2m.Model:
     d = json.loads(text)
-    d["unet"].pop("segments", None)  # older checkpoints have it
-    if d["inference"]["gamma"] is None:  # and may have this
-        d["inference"] |= {"gamma": 0, "sampler": "renoise"}
     tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
     parts = dict(unet=n2m.UNetConfig, training=n2m.TrainingConfig, inference=n2m.InferenceConfig)
     return n2m.Model(**d | {key: part(**tuples(d[key])) for key, part in parts.items()})

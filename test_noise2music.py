@@ -2218,7 +2218,7 @@ def test_one_entry_does_not_stop_a_run(tmp_path, capfd, monkeypatch):
     write_tone(tmp_path / "a.wav"), (tmp_path / "a.txt").write_text("a tone")
     write_tone(tmp_path / "b.wav"), (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     (tmp_path / "c.txt").write_text("c"), os.mkfifo(tmp_path / "c.wav")
-    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed").mkdir(), (tmp_path / "linked").symlink_to(tmp_path / "closed")
     scandir = os.scandir
 
     def scan(path):
@@ -2230,7 +2230,7 @@ def test_one_entry_does_not_stop_a_run(tmp_path, capfd, monkeypatch):
     assert [track.path.name for track in train.read_tracks(tmp_path, True)] == ["a.wav"]
     err = capfd.readouterr().err
     for words in ("closed: Permission denied", "b.txt:1: is not UTF-8", "c.wav: is no regular",
-                  "skipped 2 of 3"):
+                  "linked: a link to a folder", "skipped 2 of 3"):
         assert words in err
     names = "a.wav", "a.raw", "x" * 300 + ".wav", "\ud800.wav", "nul\0.wav", "absent.wav"
     (tmp_path / "a.raw").write_bytes(bytes(99))
@@ -2241,6 +2241,16 @@ def test_one_entry_does_not_stop_a_run(tmp_path, capfd, monkeypatch):
     (folder / "captions.jsonl").write_text('{"audio": "a.wav", "long": "x", "long": "y"}\n')
     with pytest.raises(ValueError, match="no audio with a caption"):
         train.read_tracks(folder, True)
+
+
+def test_a_failing_disk_is_named(monkeypatch):
+    def fails(_):
+        raise OSError(5, "Input/output error")  # as `read` has it, of no file
+
+    monkeypatch.setattr(train, "WAITS", ())
+    with pytest.raises(OSError) as error:
+        train.usable(fails, [("a.wav", None)], ValueError)
+    assert train.reason(error.value) == "a.wav: Input/output error"
 
 
 def test_a_blink_of_the_system_costs_nothing(tmp_path, small_models, capfd, monkeypatch):

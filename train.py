@@ -114,8 +114,11 @@ def read_tracks(folder: Path, needs_text: bool, manifest: str = "captions.jsonl"
         parse = lambda line: parse_caption(folder, line, needs_text)
     else:  # the files that stand for the lines of a manifest
         unread = lambda error: warn(f"{error.filename}: {error.strerror}; skipped")
-        files = sorted(Path(at, name) for at, _, names in os.walk(folder, onerror=unread)
-                       for name in names)
+        walked = [*os.walk(folder, onerror=unread)]
+        files = sorted(Path(at, name) for at, _, names in walked for name in names)
+        for path in (Path(at, name) for at, below, _ in walked for name in below):
+            if path.is_symlink():
+                warn(f"{path}: a link to a folder; skipped")
         texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
         lines = [(file, file) for file in files if file.suffix.lower() in AUDIO]
 
@@ -156,6 +159,8 @@ def usable(function: Callable, named: list, skipped=(ValueError, OSError)) -> li
     """function(item) of all (name, item); None, and a warning, where it ends with a `skipped`."""
     results = patiently(function, [item for _, item in named])
     for i, (name, _) in enumerate(named):
+        if isinstance(results[i], OSError):  # a failing disk does not say where
+            results[i].filename = results[i].filename or str(name)
         if isinstance(results[i], skipped):
             warn(f"{name}: {reason(results[i], name):.300}; skipped")
             results[i] = None

@@ -2401,6 +2401,16 @@ def test_out_of_memory_says_what_takes_less(error, capfd):
     assert "--accumulate" in err and err.count("\n") == 1
 
 
+def test_one_of_several_processes_ends_at_once(capfd, monkeypatch):
+    """Through `os._exit`: else a full disk of one would keep all waiting for minutes."""
+    def run(_):
+        raise OSError(28, "No space left", "x")
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(status + 40))
+    assert "x: No space left" in exits(capfd, partial(train.run_command, run), status=42)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keep_memory knows glibc alone")
 def test_freed_memory_is_not_handed_out_anew():
     code = """if True:

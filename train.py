@@ -982,6 +982,15 @@ def keep_programs():
         jax.config.update("jax_compilation_cache_dir", None)
 
 
+def end(message: str, status: int = 2):
+    """`fail`, for what may have happened in this process alone: of several, it ends at once, and
+    not through JAX's shutdown, which would wait for the others."""
+    if not jax.distributed.is_initialized():
+        fail(message, status)
+    warn(message)
+    os._exit(status)
+
+
 def run_command(run: Callable, args):
     """Runs a script's command: what its user can mend becomes one line and exit status 2."""
     on_signals(lambda n, _: fail(f"stopped by {signal.Signals(n).name}", 128 + n))
@@ -998,19 +1007,18 @@ def run_command(run: Callable, args):
         if "initialize backend" in first:
             fail(f"JAX_PLATFORMS: {first}")
         if isinstance(error, MemoryError) or first.startswith("RESOURCE_EXHAUSTED"):
-            fail("out of memory; less is needed in bfloat16 (--bf16), of fewer or shorter clips at "
-                 "once (--num, --seconds), and in training with --accumulate and --remat")
+            end("out of memory; less is needed in bfloat16 (--bf16), of fewer or shorter clips at "
+                "once (--num, --seconds), and in training with --accumulate and --remat")
         if not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
             raise
-        warn(f"process {jax.process_index()}: another process of this run has ended, so this one "
-             f"ends too; start all again with --resume ({first[:80]})")
-        os._exit(1)  # not through the shutdown that would wait for it
+        end(f"process {jax.process_index()}: another process of this run has ended, so this one "
+            f"ends too; start all again with --resume ({first[:80]})", 1)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:  # python -X dev shows where
             raise
         if gone := isinstance(error, BrokenPipeError):  # Python is not to try again at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        fail(reason(error), 128 + signal.SIGPIPE if gone else 2)
+        end(reason(error), 128 + signal.SIGPIPE if gone else 2)
 
 
 def keep_memory():

@@ -34,12 +34,11 @@ import numpy as np
 import noise2music as n2m
 import t5_encoder
 from t5_encoder import check, own_part, parse_json, read_lines, whole_file
-from train import (load_model, new_parser, number, parse_caption, run_command, warn, words_of,
-                   write_wav)
+from train import (MAX_SEED, load_model, new_parser, number, parse_caption, run_command, warn,
+                   words_of, write_wav)
 
 DEMO = Path(__file__).parent / "demo"
 SECONDS, MAX_SECONDS = 10, 600
-MAX_SEED = 2**31 - 1  # of a larger one JAX would read the lower 32 bits
 LENGTH = number(float, 0.1, MAX_SECONDS)
 LENGTHS = 4  # whose programs are kept at once
 OVERRIDES = {  # fields of InferenceConfig (Table 3) that have an option each

@@ -1825,7 +1825,8 @@ REFUSALS = [  # script, command line, words of the line in which it refuses it w
         ("--prompts {tmp}/absent", "absent"), ("--prompts {tmp}/file", "no prompt"),
         ("--prompts {tmp}/bad.jsonl", "bad.jsonl:2"), ("--prompts {tmp}/odd.jsonl", "odd.jsonl:1"),
         ("--prompts {tmp}/long.jsonl", "long.jsonl:1"),
-        ("--prompts {tmp}/blank.jsonl", "prompt 1: the prompt is empty")]),
+        *((f"--prompts {{tmp}}/{name}.jsonl", "prompt 1: the prompt is empty")
+          for name in ("blank", "space"))]),
     (sample, "slow --models {demo} -o {tmp}/out/x.wav --raw", "leave --raw out"),
     (sample, "slow --models {tmp} -o {tmp}/out/x.wav", "python train.py waveform_generator"),
 ]
@@ -1841,7 +1842,8 @@ def places(tmp_path_factory, data, runs):
     (broken / "a.wav").write_bytes(b"RIFF....WAVE")
     (tmp / "a.wav").mkdir()
     for name, text in [("bad", 'good\n{"prompt": \n'), ("odd", '{"prompt": "x", "sed": 1}'),
-                       ("long", '{"prompt": "x", "seconds": 601}'), ("blank", '{"prompt": ""}')]:
+                       ("long", '{"prompt": "x", "seconds": 601}'), ("blank", '{"prompt": ""}'),
+                       ("space", '{"prompt": " "}')]:
         (tmp / f"{name}.jsonl").write_text(text)
     save_t5(tmp / "t5", random_t5(["another vocabulary"], 1))
     return {"tmp": tmp, "data": data, "runs": runs, "demo": sample.DEMO}
@@ -2496,6 +2498,12 @@ def test_the_first_stage_that_is_not_finite_is_named(tmp_path, runs, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_days_are_said(tmp_path, capfd):
+    pending = [(1, np.ones(2), np.array([0.1, 0.9]), 1.0)]
+    train.report(pending, 3600.0, 101, tmp_path / "log.jsonl")
+    assert "ETA 4 days, 4:00:00" in capfd.readouterr().out
+
+
 # ---- sharding and several processes ----
 
 ONE_DEPTH = dict(base_dimension=16, groups=8, depth=1, channels=(2,), blocks=(1,))
@@ -2558,8 +2566,7 @@ def check_splits(name, N, *model_parallel):
                                   ("spectrogram_vocoder", 960, 1, 4)], ids=SHARDED)
 def test_every_split_of_eight_devices_gives_the_same_numbers(case):
     code = f"import test_noise2music; test_noise2music.check_splits(*{case})"
-    subprocess.run([sys.executable, "-c", code], check=True, env=devices(8),
-                   cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, env=devices(8), cwd=ROOT)
 
 
 def devices(n):
@@ -2708,6 +2715,15 @@ def test_captions_are_drawn_with_probabilities_inverse_to_their_counts():
         rest = 1 - np.cumsum([0, *weight[order]])[:3]
         last[left] += np.prod(weight[order] / rest)
     check(6 - three[:n].sum(axis=1), last)
+
+
+def test_fad_of_a_set_with_itself_and_of_shifted_gaussians():
+    a, shift = n2m.gaussian(rng().normal(size=(500, 6))), np.arange(6.0)
+    few = n2m.gaussian(rng().normal(size=(5, 40)))
+    assert n2m.frechet_distance(a, a) < 1e-9 and n2m.frechet_distance(few, few) < 1e-9
+    close(n2m.frechet_distance(a, a._replace(mean=a.mean + shift)), shift @ shift, rtol=1e-9)
+    one, nine = (n2m.Gaussian(np.zeros(4), std * np.eye(4)) for std in (1, 3))
+    close(n2m.frechet_distance(one, nine), 4 * (3 - 1) ** 2)  # per dimension (s_a - s_b)^2
 
 
 @reference

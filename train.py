@@ -60,6 +60,7 @@ CLIP_SECONDS, CLIPS_PER_TRACK = 30, 6  # Sec. 3.6: "we extract six non-overlappi
 AUDIO = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .au .caf .w64 .rf64".split())
 THREADS = os.cpu_count() or 1  # that decode
 CACHE = 4 * 2**30  # bytes of decoded audio
+MAX_SEED = 2**31 - 1  # of a larger one JAX would read the lower 32 bits
 LOUDEST = 10  # times full scale; what is above is integers, or damage
 WAITS = 0.5, 1, 2, 4, 8  # seconds between tries of what the system cannot read now
 
@@ -684,7 +685,6 @@ def train(args, run: Run, folder: Path, clips: list[Clip], mesh, parts: int):
     if jax.process_index() == 0:  # a killed run may have left lines of later steps
         read_log(log, lambda entry: entry["step"] <= step)
     pending, begin = [], time.monotonic()
-    metadata = metadata | {"parts": parts}
     save = lambda: save_checkpoint(folder, state, model, metadata | {"index": index})
     try:
         print(f"training to step {c.steps}; the first step compiles", flush=True)
@@ -884,7 +884,7 @@ def parse_args(argv=None):
     size("--init", type=Path, metavar="FILE", help="begin with the averaged parameters, "
          "configuration and T5 of a checkpoint")
     add("--t5", metavar="DIR", help="T5 in Hugging Face's layout (default: RUNS/t5, random if new)")
-    add("--seed", type=number(int, 0, 2**31 - 1), help="of parameters, noise, data (default: 0)")
+    add("--seed", type=number(int, 0, MAX_SEED), help="of parameters, noise, data (default: 0)")
     add("--resume", action="store_true", help="go on from the last checkpoint, bit for bit")
     add("--bf16", dest="dtype", action="store_const", const="bfloat16", help="compute in bfloat16")
     add("--remat", action="store_const", const=True, help="save memory: compute blocks twice")
@@ -936,8 +936,7 @@ def run(args):
         clips = [clips[len(clips) // 2]._replace(seconds=model.training.seconds)]
     else:
         clips = mixed_clips(args.data, folders)
-    parts = begun.metadata.get("parts")
-    mesh, parts = mesh_and_parts(args, model.training.batch_size, parts)
+    mesh, parts = mesh_and_parts(args, model.training.batch_size, begun.metadata.get("parts"))
     print(f"{len(tracks)} tracks, {len(clips)} clips of up to {CLIP_SECONDS} s\n"
           f"{model.name}: {n / 1e6:.1f} M parameters, {n * 16 / 2**30:.2f} GiB with their average "
           f"and Adam's moments, on {mesh.size} x {jax.devices()[0].device_kind}", flush=True)
@@ -946,7 +945,8 @@ def run(args):
         check([int(path.stem[-8:]) for path in checkpoints(folder)[-1:]] == step,
               f"{folder}: another process has just trained here")
         # The one reference to the state that each process has whole is given up here.
-        begun = begun._replace(state=place(begun.state, state_layout(model, mesh)))
+        begun = begun._replace(state=place(begun.state, state_layout(model, mesh)),
+                               metadata=begun.metadata | {"parts": parts})
         train(args, begun, folder, clips, mesh, parts)
 
 

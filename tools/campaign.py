@@ -267,7 +267,7 @@ def fuzz(args):
                     counts["read"] += 1
                 except (ValueError, OSError) as error:
                     counts["refused"] += 1
-                    counts["wrong"] += len(train.reason(error)) > 1000
+                    counts["wrong"] += len(str(error)) > 1000
                 except Exception as error:
                     counts["wrong"] += 1
                     print(f"{name}: {type(error).__name__} {error}"[:200], flush=True)

@@ -283,6 +283,7 @@ def sweep(args):
     c = next(iter(weights.values()))[0].training
     seconds = args.seconds or max(SECONDS, c.seconds)
     prompts = [clean_prompt(prompt, encoder, c.token_length) for prompt in prompts[: args.limit]]
+    names = [clip_name(i, len(prompts)) for i in range(len(prompts))]
     points = sweep_points(weights)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
                 if v not in (None, False) and k != "out"}
@@ -300,7 +301,6 @@ def sweep(args):
             point = "-".join(str(part) for part in [name or "base", *changes.values()])
             folder = args.out.with_suffix("") / point
             print(f"[{n}/{len(points)}] {point}", file=sys.stderr)
-            names = [clip_name(i, len(prompts)) for i in range(len(prompts))]
             check({path.name for path in folder.glob("*.wav")} <= {*names},
                   f"{folder}: holds clips of another sweep; move it away")
             for i, prompt in enumerate(prompts):

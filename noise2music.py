@@ -99,6 +99,7 @@ class InferenceConfig:
     steps: int | None = None  # None: those of Table 8; N: its curve in N steps (Sec. 4.6)
     sampler: str = "ddpm"  # a key of SAMPLERS; Sec. 3.1: "ancestral (or DDPM) sampling"
     hum: float | None = None  # Hz that the small models leave: see `without_hum`
+    keep_input: bool = False  # small models again: see `with_input_band`
 
 
 @dataclass(frozen=True)
@@ -434,7 +435,11 @@ def sample(params, model: Model, condition: Condition, keys, length: int, progre
         if progress:
             x_t.block_until_ready()
             progress(n + chunk, N)
-    return x_t if inference.hum is None else without_hum(x_t, model.rate, inference.hum)
+    if inference.hum:
+        x_t = without_hum(x_t, model.rate, inference.hum)
+    if inference.keep_input:
+        x_t = with_input_band(x_t, condition.low_fi, model.rate, model.low_rate)
+    return x_t
 
 
 # ---- Parameters and layers ----
@@ -1162,6 +1167,17 @@ def renoise_updates(schedule: Callable, times: np.ndarray, gamma: float) -> Upda
     return u._replace(keep=0 * u.keep, toward=alpha_s, noise=sigma_s)
 
 
+@partial(jax.jit, static_argnames=("rate", "low_rate"))
+def with_input_band(x, low_fi, rate: int, low_rate: int):
+    """Audio x (B, T, C) at `rate` with the Fourier coefficients of low_fi below low_rate / 2.
+
+    Sec. 3.3.1 makes low_fi by cropping those of the clip, so there the answer is given, and what a
+    network makes of it is an error. Without that error, fewer steps will do."""
+    given = (jnp.fft.rfftfreq(x.shape[1], 1 / rate) < low_rate / 2)[:, None]
+    spectrum = jnp.where(given, jnp.fft.rfft(low_fi, axis=1), jnp.fft.rfft(x, axis=1))
+    return jnp.clip(jnp.fft.irfft(spectrum, x.shape[1], axis=1), -1, 1)
+
+
 @partial(jax.jit, static_argnames=("rate", "hz"))
 def without_hum(x, rate: int, hz: float):
     """Audio (B, T, C) at `rate` without what is within 3 Hz of hz, 2 hz, 3 hz, ...
@@ -1184,11 +1200,11 @@ LOSS_WEIGHTS["velocity"] = lambda logsnr_t: 1 + jnp.exp(jnp.minimum(-logsnr_t, 5
 
 # fmt: off
 TINY = dict(              # base kernel strides     channels       blocks         t_max steps  hum
-    waveform_generator=       (32, 7, (4,4,4,4,4,4), (1,1,2,3,4,4), (1,1,3,3,1,0), 0.0,  64,  200),
-    waveform_cascader=        (32, 7, (4,4,4,4,4),   (1,2,3,3,2),   (1,1,1,1,1),   0.05, 24, 1000),
+    waveform_generator=       (32, 7, (4,4,4,4,4,4), (1,1,2,3,4,4), (1,1,3,3,1,0), 0.0,  32,  200),
+    waveform_cascader=        (32, 7, (4,4,4,4,4),   (1,2,3,3,2),   (1,1,1,1,1),   0.05, 12, 1000),
     spectrogram_generator=    (96, 5, (2,4,3,2,2),   (2,3,2,1,1),   (2,1,1,1,0),   0.0,  64, None),
     spectrogram_vocoder=      (32, 5, (5,4,4,2),     (2,4,7,8),     (1,2,2,2),     0.06, 24,  800),
-    superresolution_cascader= (32, 7, (4,4,4,4),     (1,1,2,2),     (1,1,1,1),     0.02, 24, 6000),
+    superresolution_cascader= (32, 7, (4,4,4,4),     (1,1,2,2),     (1,1,1,1),     0.02,  8, None),
 )
 # fmt: on
 
@@ -1220,8 +1236,10 @@ def tiny(model: Model) -> Model:
     schedule = "uniform" if "uniform" in step_schedules(model) else model.inference.step_schedule
     cfg_scale = model.inference.cfg_scale and model.inference.cfg_scale / 2
     sampler = "ddpm" if uses_text(model) else "renoise"
-    return replace(model, unet=unet, training=training,
-                   inference=InferenceConfig(schedule, 0, cfg_scale, steps, sampler, hum))
+    keep_input = model.low_rate is not None
+    return replace(
+        model, unet=unet, training=training,
+        inference=InferenceConfig(schedule, 0, cfg_scale, steps, sampler, hum, keep_input))
 
 
 # ---- To hear and to measure ----

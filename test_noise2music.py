@@ -373,6 +373,22 @@ def test_hum_is_taken_out_and_nothing_else(monkeypatch):
     assert not any(model.inference.hum for model in n2m.MODELS.values())
 
 
+def test_the_band_of_the_input_is_copied_and_no_other(monkeypatch):
+    """Below the Nyquist frequency of its input, the output has the input's tones, above it its own,
+    in `sample` too."""
+    t = np.arange(6000)[:, None] / 2400
+    tones = lambda *hz: np.float32(0.1 * np.sin(2 * np.pi * t * hz + hz).sum(1))[None, :, None]
+    wrong, high, low = tones(0.4, 600, 796), tones(804, 1000), tones(0.8, 300, 799.6)
+    close(n2m.with_input_band(wrong + high, low, 2400, 1600), low + high, atol=2e-6)
+    model = replace(small_model(), rate=2400, low_rate=1600)
+    monkeypatch.setattr(n2m, "_sample_chunk", lambda *_: wrong + high)
+    for keep, right in ((False, wrong + high), (True, low + high)):
+        model = replace(model, inference=replace(model.inference, keep_input=keep, steps=1))
+        close(n2m.sample(None, model, n2m.Condition(low_fi=low), jax.random.split(
+            jax.random.key(0), 1), 6000), right, atol=2e-6)
+    assert not any(model.inference.keep_input for model in n2m.MODELS.values())
+
+
 @pytest.mark.parametrize("text, w", [(True, 0), (True, 1), (True, None), (True, 2.5), (False, 7.0)])
 def test_guidance_is_two_calls(monkeypatch, text, w):
     """And one for a model without text, which ignores it."""
@@ -1773,8 +1789,11 @@ def test_what_a_checkpoint_refuses(tmp_path):
     assert loaded == model and meta == metadata
     jax.tree.map(np.testing.assert_array_equal, params, state.ema)
     write = partial(train.write_checkpoint, path, {"ema/entry/w": np.zeros(3)})
-    for meta, words in [({"seed": 0}, "not a checkpoint"), (metadata, "lacks ema/")]:
-        write(model, meta)
+    foreign = replace(model, training=replace(model.training, noise_schedule="mine"))
+    for written, meta, words in [(model, {"seed": 0}, "not a checkpoint"),
+                                 (model, metadata, "lacks ema/"),
+                                 (foreign, metadata, r"needs SCHEDULES\['mine'\]")]:
+        write(written, meta)
         with pytest.raises(ValueError, match=words):
             train.load_model(tmp_path, model.name)
 

@@ -531,6 +531,11 @@ def load_checkpoint(path: Path, name: str, keep=lambda tensor: True):
         raise ValueError(f"{path}: not a checkpoint of this project; move it away") from None
     check(model.name == name,
           f"{path}: a checkpoint of {model.name}, not of {name}; move it to its own folder")
+    for entry, table in ((model.training.noise_schedule, "SCHEDULES"),
+                         (model.training.loss_weight, "LOSS_WEIGHTS"),
+                         (model.inference.sampler, "SAMPLERS")):
+        check(entry in getattr(n2m, table), f"{path}: needs {table}[{entry!r}], which is not here; "
+              "load it where it was made")
     return model, tensors, metadata
 
 

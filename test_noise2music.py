@@ -2284,7 +2284,7 @@ def test_a_blink_of_the_system_costs_nothing(tmp_path, small_models, capfd, monk
     """A folder that is away and comes back changes no bit, beside a bad file. One that stays away
     stops the run, saved; and the resumed run is the uninterrupted one."""
     monkeypatch.setattr(train, "CACHE", 0)  # decoded at each step
-    folder, load, calls = tmp_path / "music", train.load_audio, []
+    folder, load, calls = tmp_path / "music", train.load_audio, itertools.count(1)
     manifest(folder, *({"audio": f"{k}.flac", "long": "x"} for k in range(4)))
     for k in range(4):
         write_tone(folder / f"{k}.flac", 31.0 if k == 1 else 3.0, hz=200 * (k + 1))
@@ -2296,12 +2296,11 @@ def test_a_blink_of_the_system_costs_nothing(tmp_path, small_models, capfd, monk
     run("whole", "--steps", 9)
     assert capfd.readouterr().err.count("skipped") > 1  # the bad one, at each visit
 
-    def away(path, *args):
-        calls.append(path)
-        if len(calls) in gone:
+    def away(path, *args):  # in several threads, so each call takes a number of its own
+        if (n := next(calls)) in gone:
             folder.rename(tmp_path / "away")
             back = lambda: (tmp_path / "away").rename(folder)
-            gone[len(calls)] and threading.Timer(0.3, back).start()
+            gone[n] and threading.Timer(0.3, back).start()
         return load(path, *args)
 
     monkeypatch.setattr(train, "load_audio", away)
@@ -2309,7 +2308,7 @@ def test_a_blink_of_the_system_costs_nothing(tmp_path, small_models, capfd, monk
     monkeypatch.setattr(train, "WAITS", (0.2, 0.5))
     run("blink", "--steps", 9)
     assert "No such file" not in capfd.readouterr().err
-    calls.clear(), gone.clear(), gone.update({15: False})
+    calls, gone = itertools.count(1), {15: False}
     common = ["superresolution_cascader", "--tiny", "--data", folder, "--batch-size", 2, "--out"]
     err = exits(capfd, train.main, *common, tmp_path / "gone", "--steps", 9).splitlines()[-1]
     assert "flac: No such file" in err and "Last good checkpoint" in err

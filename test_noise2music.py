@@ -26,8 +26,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-# Compiling takes nine tenths of the time: each program once (see `compiled`), and not optimised,
-# by XLA's older emitters, which take half as long.
+# Compiling takes nine tenths of the time: each program once (see `compiled`), and not optimised.
 os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | os.environ
 
@@ -38,7 +37,8 @@ import pytest
 import sentencepiece
 import soundfile
 
-if jax.__version_info__ < (0, 12):  # a flag that XLA does not know ends the process
+# XLA's older emitters compile in half the time; a flag that XLA does not know ends the process.
+if jax.__version_info__ < (0, 12):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import noise2music as n2m
@@ -1923,10 +1923,10 @@ def test_memorise_kill_resume_sample(tmp_path):
 
 def four_depths(model):
     """As wide as `tiny` has the generator, less deep, with a block at each depth."""
-    last = (False, False, False, True)
-    unet = replace(tiny(model).unet, depth=4, strides=(4,) * 4, channels=(1, 1, 2, 3),
-                   blocks=(1,) * 4, self_attention=last, cross_attention=last)
-    return replace(tiny(model), unet=unet)
+    model, last = tiny(model), (False, False, False, True)
+    return replace(model, unet=replace(
+        model.unet, depth=4, strides=(4,) * 4, channels=(1, 1, 2, 3), blocks=(1,) * 4,
+        self_attention=last, cross_attention=last))
 
 
 def start(options, *more, env=None, tiny="lambda model: test.small(model.name)"):

@@ -1013,7 +1013,7 @@ def test_tools_refuse_in_one_line(toy, runs, capfd, script, argv, words):
 
 @reference
 def test_the_walkthrough_runs_from_top_to_bottom_and_is_saved_as_it_ran():
-    """With 3 steps of training, 8 of sampling; its own assertions hold its numbers against ours."""
+    """With 3 steps of training, 2 of sampling; its own assertions hold its numbers against ours."""
     for name in ("nbformat", "ipykernel", "matplotlib", "nbclient"):
         pytest.importorskip(name, reason="the walkthrough is run by nbclient (the extra demo)")
     import nbclient

@@ -59,10 +59,10 @@ class UNetConfig:
     in_channels: int  # Fig. 1: x_t, with the up-sampled low-fidelity audio stacked on it
     out_channels: int  # the noise in x_t
     aligned_channels: int  # Fig. 1: the input added at the bottom of the U; 0 where there is none
-    text_width: int = 2048  # choice: T5 v1.1 XL; Table 2's parameter counts single it out
+    text_width: int = 2048  # choice: as T5 v1.1 XL; Table 2's counts single out the width
     head_width: int = 128  # choice: q, k, v are 8 x 128 wide at any C, by Table 2's counts
     groups: int = 8  # choice: in each GroupNorm of Fig. 5
-    dtype: str = "float32"  # choice: what the network computes in; its parameters stay float32
+    dtype: str = "float32"  # choice: what the network computes in; training keeps float32 weights
     remat: bool = False  # the backward pass recomputes each block, to save memory
 
 
@@ -351,7 +351,8 @@ def denoising_times(deltas, steps: int | None = None) -> np.ndarray:
     """Sec. 4.2.1: t_n = sum of the first n step sizes, t_0 = 0 < ... < t_N = 1. float64 (N + 1,).
 
     `steps` resamples it to another N; Sec. 4.6 scales the step sizes "inverse-proportionally".
-    choice: interpolated linearly, since the vocoder's 15 and 5 equal steps do not halve."""
+    choice: the cumulative curve is interpolated linearly, since half of the vocoder's 15 or 5 equal
+    steps is no whole number."""
     times = np.concatenate([[0.0], np.cumsum(deltas)])
     times /= times[-1]  # numerics: pins t_N = 1
     if steps is None:
@@ -538,9 +539,8 @@ def attention_spec(cfg: UNetConfig, c, c_kv):
 def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(K)) v of each head: q (B, H, T, K), k and v (B, H, L, K), mask (B, L).
 
-    numerics: a matrix product for each head is two to three times as fast on a CPU as products in
-    which heads come after time. From the scores to the softmax it is float32. Of a long clip, some
-    of the queries are taken after the others."""
+    numerics: with the heads' axis before that of time, the products are two to three times as fast
+    on a CPU. Scores and softmax are float32. A long clip's queries are taken a part at a time."""
     if q.shape[2] * k.shape[2] > 2**22:
         return long_attend(q, k, v, mask)
     q = q / math.sqrt(q.shape[3])
@@ -683,8 +683,10 @@ def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on):
 
     for p, stride in zip(reversed(params["up"]), reversed(cfg.strides)):
         h = upsample(p["resample"], h, stride)  # (B, T_I, C_I) -> (B, T_{I-1}, C_{I-1})
-        # departs: Fig. 1 and the Efficient U-Net have the blocks before the up-sampling layer, Sec.
-        # 3.2 has them after. Table 2's counts agree with the latter to 2.2 %.
+        # departs: Fig. 1, App. B.1 ("a mirror image of itself") and the Efficient U-Net have the
+        # blocks before the up-sampling layer. Sec. 3.2 has them after it, as Table 2's counts have,
+        # to 2.2 %. So the blocks of depth I on the way up, and their attention, have length T_{I-1}
+        # and width C_{I-1}: those of depth 1 run at the full rate, and none at the bottom.
         for p_block in p["blocks"]:
             h = run_block(p_block, x=h)
         # Fig. 1: added, not concatenated. choice: unscaled; the Efficient U-Net has 1 / sqrt(2).
@@ -813,7 +815,7 @@ def pad_to(x, length, value):
 def padded_length(cfg: UNetConfig, length: int) -> int:
     """`length` rounded up to a multiple of prod(strides).
 
-    departs: in T_I = T_{I-1} / S_I (App. B.1), 30 s gives whole numbers for the vocoder alone."""
+    departs: App. B.1 has T_I = T_{I-1} / S_I, which for 30 s is whole in the vocoder alone."""
     multiple = math.prod(cfg.strides)
     return -(-length // multiple) * multiple
 
@@ -1113,7 +1115,8 @@ def _merge_top(best, index, clips, captions, start, end):
 
 
 def pieces_of(cfg: UNetConfig, rows: int, length: int) -> int:
-    """The fewest pieces of whole bottom frames by which `rows` clips are 8 sequences or more."""
+    """The fewest pieces of a clip that make 8 sequences or more of `rows` clips, or as many as fit:
+    a piece is of whole frames at the bottom, and no shorter than a kernel's reach."""
     bottom = length // math.prod(cfg.strides)
     fits = [p for p in range(1, bottom + 1)
             if bottom % p == 0 and bottom // p >= cfg.kernel_size // 2]
@@ -1123,9 +1126,9 @@ def pieces_of(cfg: UNetConfig, rows: int, length: int) -> int:
 def on_a_tpu_in_pieces(unet):
     """`unet` for clips that enter it cut into pieces, (B, P, T / P, C), where it runs on a TPU.
 
-    It is the same network: only a convolution looks beyond a piece. But a TPU wants 8 sequences or
-    more: it folds time into the batch around every convolution of fewer, for 3 times the memory
-    traffic and compilation."""
+    It is the same network: only a convolution looks beyond a piece. But around every convolution of
+    fewer than 8 sequences a TPU's compiler folds time into the batch, which triples memory traffic
+    and compilation."""
 
     @wraps(unet)
     def entered(params, cfg, x_t, t, condition, text_on):
@@ -1149,7 +1152,8 @@ unet = on_a_tpu_in_pieces(unet)
 # ---- Small models, for a laptop ----
 
 def cosine_quiet(t, xp=jnp):
-    """Eq. 6 moved to music of -15 dBFS: the signal-to-noise ratios that unit variance has there.
+    """Eq. 6 raised by 15 dB: music of -15 dBFS gets the signal-to-noise ratios that Eq. 6 gives to
+    a clip of unit variance.
 
     Under Eq. 6 itself, noise is louder than such music in nine tenths of t, where there is little
     to learn, and noise below -40 dBFS gets less than a hundredth of t."""
@@ -1171,8 +1175,8 @@ def renoise_updates(schedule: Callable, times: np.ndarray, gamma: float) -> Upda
 def with_input_band(x, low_fi, rate: int, low_rate: int):
     """Audio x (B, T, C) at `rate` with the Fourier coefficients of low_fi below low_rate / 2.
 
-    Sec. 3.3.1 makes low_fi by cropping those of the clip, so there the answer is given, and what a
-    network makes of it is an error. Without that error, fewer steps will do."""
+    `training_inputs` makes low_fi by cropping those of the clip, so below low_rate / 2 they are
+    known, and what a network changes there is an error. Without that error, fewer steps will do."""
     given = (jnp.fft.rfftfreq(x.shape[1], 1 / rate) < low_rate / 2)[:, None]
     spectrum = jnp.where(given, jnp.fft.rfft(low_fi, axis=1), jnp.fft.rfft(x, axis=1))
     return jnp.clip(jnp.fft.irfft(spectrum, x.shape[1], axis=1), -1, 1)
@@ -1214,9 +1218,10 @@ def tiny(model: Model) -> Model:
 
     A stride of S folds S frames of 80 channels into one vector; if that is much narrower than 80 S,
     noise and music cannot be told apart. So the spectrogram generator strides by 2 first, not by 4.
-    The vocoder strides by 2 last: only the blocks above the bottom see the log-mel, so they are
-    better many, wide and slow. The generators spend their blocks where a frame is the attack of a
-    note, and none at the last depth, where a frame is a second."""
+    The log-mel enters the vocoder at the bottom, so only blocks of the way up see it. A stride of 2
+    comes last there, so that these are many, wide and of a low rate. The generators spend their
+    blocks where a frame is the attack of a note, and none at the last depth, where a frame is a
+    second."""
     base, kernel, strides, channels, blocks, t_max, steps, hum = TINY[model.name]
     unet = replace(model.unet, base_dimension=base, kernel_size=kernel, strides=strides,
                    channels=channels, blocks=blocks, head_width=16, text_width=64)
@@ -1224,15 +1229,16 @@ def tiny(model: Model) -> Model:
         model.training, steps=2_000, batch_size=8,
         seconds=5.12 if model.training.seconds == 30 else 1.28,
         learning_rate=1e-3, warmup_steps=100, decay_steps=20_000,
-        # Under Table 2's linear schedule, and up to Sec. 4.1's t_max, noise is louder than the
-        # music most of the time, in x_t and in the conditioning input, which a short run then
-        # learns to ignore. So less of it, and half the blur.
+        # Under Table 2's schedules noise is louder than quiet music at most t (`cosine_quiet`). Up
+        # to Sec. 4.1's t_max so it is in the conditioning input too, which a short run then learns
+        # to ignore. So: quieter schedules, a smaller t_max, half the blur.
         noise_schedule="cosine" if writes_log_mel(model) else "cosine_quiet",
         t_max=t_max, blur_std=tuple(std / 2 for std in model.training.blur_std),
-        # Without text, tones must be found in loud noise, of which there is little now.
+        # A model without text must learn to find tones in loud noise. The quiet schedules have
+        # little of it, so it weighs more.
         loss_weight=model.training.loss_weight if uses_text(model) else "velocity")
     # Half the guidance and no extra noise suit a small model; and even steps, where Table 8 has
-    # them: of 64 back-heavy steps, four are left for the last third of t.
+    # them: 64 back-heavy steps leave four for t < 1/3, where detail is made.
     schedule = "uniform" if "uniform" in step_schedules(model) else model.inference.step_schedule
     cfg_scale = model.inference.cfg_scale and model.inference.cfg_scale / 2
     sampler = "ddpm" if uses_text(model) else "renoise"
@@ -1282,8 +1288,8 @@ def fad_infinity(x, reference: Gaussian, seed: int = 0, sizes: int = 15) -> floa
     """FAD of infinitely many generated x (N, E): a line through FAD against 1 / n, read off at 0.
 
     Chong & Forsyth (2020); for FAD, Gui et al. (2023). The reference stays as it is. 15 sizes from
-    N / 4 to N are drawn without replacement (with it the limit is the FAD of these very N). Noise
-    can make it negative."""
+    N / 4 to N are drawn without replacement (with it the limit would be the FAD of these N clips,
+    not of infinitely many). Noise can make it negative."""
     n = np.linspace(len(x) // 4, len(x), sizes).astype(int)
     draw = np.random.default_rng(seed)
     subset = lambda size: gaussian(draw.choice(x, size, replace=False))
@@ -1294,7 +1300,8 @@ def fad_infinity(x, reference: Gaussian, seed: int = 0, sizes: int = 15) -> floa
 # ---- `python noise2music.py`: a slide for each model ----
 
 def describe(model: Model, seconds: float = 30.0) -> str:
-    """A model in a few lines: Tables 2 and 3, and the tensor at every depth of its U-Net."""
+    """A model in a few lines: Tables 2 and 3, and the tensor at every depth of its U-Net. A depth's
+    blocks are there twice; those of the way up have the length and the width of the row above."""
     cfg, spec, i = model.unet, unet_spec(model.unet), model.inference
     length = padded_length(cfg, round(seconds * model.rate))
     steps = i.steps or len(step_schedules(model)[i.step_schedule])
@@ -1319,5 +1326,6 @@ if __name__ == "__main__":
     for route, names in ROUTES.items():
         rates = (f"{name} ({MODELS[name].rate} Hz)" for name in names)
         print(f"{route} route: prompt -> {' -> '.join(rates)}")
+    print("Of each depth's blocks as many are on the way up, as long and wide as the row above.")
     for model in MODELS.values():
         print(f"\n{describe(model)}")

@@ -181,7 +181,8 @@ class Job(NamedTuple):
 
 
 def serving_mesh(num: int, model_parallel: int, devices=None):
-    """Sec. 4.2.2: the devices for `num` clips, as many along "data" as divide the clips."""
+    """The devices for `num` clips, as many along "data" as divide the clips. departs: Sec. 4.2.2
+    partitions the model; here a device holds all of it, unless --model-parallel says otherwise."""
     devices = jax.devices() if devices is None else devices
     across = len(devices) // model_parallel
     check(across, f"--model-parallel {model_parallel} is more than the {len(devices)} devices here")

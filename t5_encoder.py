@@ -1,7 +1,7 @@
 """T5 encoder in pure JAX: prompts in, token embeddings out. And safetensors, the one file format.
 
-Sec. 3.4 conditions on "the non-pooled token embedding sequence" of a pre-trained T5 encoder (Raffel
-et al. 2020), and not on which T5. choice: v1.1 XL, E = 2048, which the sizes of Table 2 single out.
+Sec. 3.4 conditions on "the non-pooled token embedding sequence" of a T5 encoder (Raffel et al.
+2020), and does not say which. choice: v1.1 XL, because Table 2's counts single out its width, 2048.
 Any T5 v1.0, v1.1 or Flan folder in the Hugging Face layout will do (nothing is downloaded):
 
     text = load_text_encoder("t5-v1_1-xl")
@@ -125,13 +125,14 @@ def rms_norm(x, scale, eps):
 
 
 def position_buckets(config, length):
-    """(L, m) numpy: the bucket of the distance from each query to each key. Half of them is for
-    later keys. Half of each half holds one distance each, the rest grow logarithmically."""
+    """(L, m) numpy: the bucket of the distance from each query to each key. One half of the buckets
+    is for later keys. In each half, the first half of the buckets hold one distance each; the rest
+    hold ranges that grow logarithmically."""
     half = config.relative_attention_num_buckets // 2
     exact = half // 2
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     distance = np.abs(offset)
-    # numerics: float32 as in T5's own code; float64 puts some distances into the next bucket.
+    # numerics: float32 as in T5's own code; float64 agrees for the released sizes, not for all.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     ratio /= np.float32(math.log(config.relative_attention_max_distance / exact))
     far = np.minimum(exact + (ratio * (half - exact)).astype(int), half - 1)
@@ -164,7 +165,8 @@ def tokenize(t5, texts, length):
 
 
 def count_tokens(t5, text):
-    """Number of tokens of a string, </s> not counted; 0 if all are <unk>, or a "▁" before one."""
+    """Number of tokens of a string, </s> not counted; 0 if no token is known: each is <unk>, or the
+    "▁" before one."""
     ids = text_to_ids(t5, text)
     return len(ids) if set(ids) - {t5.tokenizer.unk_id(), t5.tokenizer.piece_to_id("▁")} else 0
 
@@ -238,7 +240,7 @@ def parse_json(text):
 
 
 def own_part(path):
-    """What path is called while this process writes it: no other, here or elsewhere, writes it."""
+    """The name of path while it is written: with machine and process, so that no other writes it."""
     return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
 
 
@@ -369,8 +371,8 @@ def random_t5(captions, seed, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_h
 DTYPES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
           "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64",
           "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-# In the metadata of our files; others have neither. The second says that there must be a first: no
-# flipped bit in the key "crc32" switches the check off.
+# In the metadata of our files; others have neither. "crc32_of" says that "crc32" must be there, so
+# that a flipped bit in the key "crc32" does not switch the check off.
 CHECKSUM = {"crc32": "00000000", "crc32_of": "this file with 00000000 as its crc32"}
 
 

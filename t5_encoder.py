@@ -240,7 +240,7 @@ def parse_json(text):
 
 
 def own_part(path):
-    """The name of path while it is written: with machine and process, so that no other writes it."""
+    """The name of path while it is written, with machine and process: nobody else writes it."""
     return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
 
 
@@ -284,7 +284,7 @@ def whole_file(path):
 def load_t5(folder):
     """The T5 of a local folder, from config.json, spiece.model and safetensors, in float32."""
     folder = Path(folder)
-    check(folder.is_dir(), f"{folder}: no such folder; download a T5 into it, this code never does")
+    check(folder.is_dir(), f"{folder}: no such folder; name a T5's by --t5 (none is downloaded)")
     with reading(path := folder / "config.json"):
         # The first T5s lack "feed_forward_proj".
         entries = {"feed_forward_proj": "relu"} | parse_json(regular(path).read_bytes())

@@ -1579,7 +1579,7 @@ def test_folders_are_mixed_by_their_clips_or_by_weight(tmp_path, capfd, monkeypa
     assert [*map(sorted, other)] != [*map(sorted, epochs)]
     argv = name, "--tiny", "--out", tmp_path, "--data"
     assert "each folder a weight, or none" in exits(capfd, train.main, *argv, "a:1", "b")
-    assert "folder_and_weight value: 'a:0'" in exits(capfd, train.main, *argv, "a:0")
+    assert "DIR:WEIGHT (a number above 0) value: 'a:0'" in exits(capfd, train.main, *argv, "a:0")
 
 
 def test_a_batch_is_what_the_examples_hold():
@@ -2341,8 +2341,9 @@ def test_one_run_folder_has_one_trainer(tmp_path, data, small_models, capfd, mon
 
 
 @pytest.mark.parametrize("text, kept", [
-    ('{"step": 1}\n{"step": 2}\n{"st', 1), ('{"step": 1}\n{"st', 1), ("", 0), ("{", 0),
-    ("notes\n", None), ("notes", None), ('{"step": 1}\n[]\n', None), ('{"loss": 1}\n', None)])
+    ('{"step": 1}\n{"step": 2}\n{"st', 1), ('{"step": 1}\n{"st', 1), ('{"step": 1}', 1),
+    ("", 0), ("{", 0), ("notes\n", None), ("notes", None),
+    ('{"step": 1}\n[]\n', None), ('{"loss": 1}\n', None)])
 def test_logs(tmp_path, text, kept):
     """What a kill has torn is dropped; another's file is left as it is."""
     path = tmp_path / "log.jsonl"

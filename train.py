@@ -11,9 +11,9 @@ any length) and either `captions.jsonl`, a JSON object a line,
 
 (with `"start": 30` it captions the 30 s from there, otherwise the whole track; a "title" and "tags"
 are read as short captions), or, beside each `one.flac`, a `one.txt` with a long caption a line.
-`python tools/label.py --help` says how music without captions gets them. Everything is written to
-OUT/MODEL: checkpoints (the last two are kept), `log.jsonl`, and samples with --sample-every; and,
-where no T5 is named, one to OUT/t5. `sample.py --models OUT` reads them from there.
+`python tools/label.py --help` says how music without captions gets them. OUT/MODEL gets
+checkpoints (the last two are kept), `log.jsonl` and, with --sample-every or --overfit, samples.
+Where no T5 is named, OUT/t5 gets a random one. `sample.py --models OUT` reads them from there.
 `--data music library` mixes two folders, `--data music:97 library:3` in these shares.
 """
 
@@ -137,7 +137,8 @@ def read_tracks(folder: Path, needs_text: bool, manifest: str = "captions.jsonl"
 def patiently(function: Callable, items: list) -> list:
     """function(item) of all items, in threads; or the ValueError or OSError that it ends with.
 
-    What the system cannot read now (its network is away) is not bad: it is tried again, WAITS.
+    What the system cannot read now (its network is away) is not bad: it is tried again, after each
+    of WAITS.
     """
 
     def attempt(item):
@@ -234,7 +235,8 @@ def load_audio(path: Path, start: float, seconds: float, rate: int) -> np.ndarra
 
 
 def load_clips(clips: list[Clip], rate: int) -> list[np.ndarray | None]:
-    """`load_audio` of clips, or None. Where the system cannot read one, nothing takes its place."""
+    """`load_audio` of clips, or None where its content is bad; OSError if the system cannot
+    read one, whose place no other clip takes."""
     load = lambda clip: load_audio(clip.track.path, clip.start, clip.seconds, rate)
     return usable(load, [(clip.track.path, clip) for clip in clips], ValueError)
 
@@ -267,7 +269,8 @@ def mixed_clips(data: list, folders: list[list[Track]]) -> list[Clip]:
 
 def epoch_order(clips: list[Clip], weights: list[float], seed: int, epoch: int) -> np.ndarray:
     """The clips of an epoch, by their numbers, shuffled. choice: each once, also where folders are
-    mixed (Sec. 3.6); or, given weights, of each folder its share, and none twice before all once.
+    mixed (Sec. 3.6); or, given weights, each folder has its share, and none of its clips comes
+    twice before all have come once.
     """
     rng, parts = np.random.default_rng([seed, epoch]), []
     if not weights:
@@ -411,9 +414,10 @@ def train_step(state: State, model: n2m.Model, seed: int, batch, accumulate: int
 def join_processes(args):
     """Makes this process one of --processes, each with its own devices, that train together."""
     if args.processes > 1:
-        address = f"--coordinator {args.coordinator}"
+        address = f"--coordinator {args.coordinator or ''}".strip()
         check(re.search(r".:\d+$", args.coordinator or "h:1"), f"{address}: is not HOST:PORT")
-        print(f"process {args.process} waits for the others", flush=True)
+        number = "this process" if args.process is None else f"process {args.process}"
+        print(f"{number} waits for the others", flush=True)
         silence = lambda: (warn(f"{address}: not all processes are there in a minute"), os._exit(2))
         (timer := threading.Timer(60, silence)).start()  # JAX's own end is a stack trace
         try:
@@ -440,7 +444,8 @@ def process_rows(batch_size: int, accumulate: int) -> list[int]:
 
 
 def default_parts(batch_size: int, mesh) -> int:
-    """As few parts of a batch as leave a device 8 clips at once. choice: 8, which TPUs want."""
+    """As few parts of a batch as leave a device at most 8 clips at once. choice: 8, which TPUs
+    want."""
     each = max(1, batch_size // mesh.shape["data"])
     return next(n for n in range(1, each + 1) if each % n == 0 and each // n <= 8)
 
@@ -645,7 +650,8 @@ def text_encoder(args, model: n2m.Model, metadata: dict, captions: list[str]):
     any_process(True)  # the others wait for the first
     encoder = t5_encoder.load_text_encoder(given or own)
     check(metadata["t5_fingerprint"] in (None, encoder.fingerprint),
-          f"{given or own}: not the text encoder that this run began with")
+          f"{given or own}: not the text encoder that {args.model} was trained with so far; leave "
+          "--t5 out")
     length = model.training.token_length
     if cut := sum(encoder.count_tokens(text) >= length for text in captions):
         warn(f"{cut} of {len(captions)} captions are cut to {length - 1} tokens")
@@ -734,14 +740,17 @@ def read_log(path: Path, wanted: Callable = lambda entry: True) -> list[dict]:
     that a kill has torn, and entries that are not wanted, are removed from the file."""
     lines = [line for line in read_lines(path) if line] if path.exists() else []
     if lines and lines[-1].startswith("{") and not path.read_bytes().endswith(b"\n"):
-        lines.pop()
+        try:
+            parse_json(lines[-1])
+        except ValueError:
+            lines.pop()
     with t5_encoder.reading(path):
-        entries = [entry for line in lines if wanted(entry := parse_json(line))]
-    text = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+        kept = [(line, entry) for line in lines if wanted(entry := parse_json(line))]
+    text = "".join(f"{line}\n" for line, _ in kept).encode()
     if path.exists() and text != path.read_bytes():
         with whole_file(path) as file:
             file.write(text)
-    return entries
+    return [entry for _, entry in kept]
 
 
 def append_log(path: Path, entry: dict):
@@ -829,7 +838,8 @@ def reason(error: Exception, path=None) -> str:
     """What an exception says, in one line and without the path again."""
     if isinstance(error, OSError) and error.strerror:
         error = f"{error.filename or 'stdout'}: {error.strerror}"
-    return " ".join(str(error).replace(f"{path}: ", "").split()).rstrip(".")
+    text = str(error).replace(f"{path}: ", "") if path else str(error)
+    return " ".join(text.split()).rstrip(".")
 
 
 def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -875,6 +885,9 @@ def folder_and_weight(text: str):
     return Path(path), number(float, 1e-9)(weight)
 
 
+folder_and_weight.__name__ = "DIR:WEIGHT (a number above 0)"  # argparse says it
+
+
 def parse_args(argv=None):
     parser = new_parser("train.py", __doc__)
     group = lambda title: parser.add_argument_group(title).add_argument
@@ -894,7 +907,7 @@ def parse_args(argv=None):
     add("--bf16", dest="dtype", action="store_const", const="bfloat16", help="compute in bfloat16")
     add("--remat", action="store_const", const=True, help="save memory: compute blocks twice")
     add("--accumulate", type=count, metavar="N", help="save memory: batches in N parts (default: "
-        "as few as leave a device 8 clips at once)")
+        "as few as leave a device at most 8 clips at once)")
     add("--log-every", type=count, default=20, metavar="N", help="steps to a progress line (20)")
     add("--save-every", type=count, default=500, metavar="N", help="steps to a checkpoint (500)")
     add("--sample-every", type=count, default=math.inf, metavar="N", help="steps to a wav (none)")

@@ -11,9 +11,8 @@
 All results are JSON. An instrument is named by logistic regression on the mean and the deviation of
 the 80 log-mel channels, trained on the real clips of data/train: once on the upper 40 dB of every
 clip, real or not, where its timbre is, and once on all 100 dB of the log-mel, of which the lower
-ones tell most about how quiet the noise is. Tempo is the number of onsets in a second by SuperFlux
-(Boeck & Widmer, 2013), of which the result says how far from the notes of the score it is on real
-clips.
+ones tell most about how quiet the noise is. Tempo is the number of onsets a second by SuperFlux
+(Boeck & Widmer, 2013). The result says how far that is from the score's on real clips.
 """
 
 import argparse
@@ -205,8 +204,8 @@ def rests(paths, route: str) -> dict:
 
 def clips(args):
     paths = sorted(path for path in args.clips.glob("*.wav") if path.stem.isdigit())
-    if not paths:
-        sys.exit(f"{args.clips}: no clips of sample.py --prompts in it")
+    t5_encoder.check(len(paths) >= 36, f"{args.clips}: holds {len(paths)} clips of `sample.py "
+                     "--prompts`; it takes the first 36 of `check.py prompts`, or more")
     instruments = np.array([instrument_of(int(path.stem)) for path in paths])
     real, held = real_clips(args.data / "train"), real_clips(args.data / "heldout")
     names, held_names = (np.array([e["instrument"] for e in entries]) for entries in (real, held))
@@ -330,7 +329,7 @@ def main():
     command.add_argument("png", type=Path)
     command.set_defaults(run=picture)
     args = parser.parse_args()
-    args.run(args)
+    train.run_command(args.run, args)
 
 
 if __name__ == "__main__":

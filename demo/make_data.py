@@ -11,10 +11,11 @@ that makes the captioned word true: it is the number of notes begun in a second 
 depends on the seed and the soundfont alone; a run that was stopped goes on where it was.
 
 Sources and licences. The music: O'Neill's Music of Ireland (1850 tunes, 1903), Ryan's Mammoth
-Collection (1883), Aird's Airs (1782) and J. S. Bach's chorales; all in the public domain,
-transcribed to ABC and MusicXML by volunteers, and part of music21 (BSD) with their permission. Left
-out: the Essen folk songs (given for non-commercial use) and Palestrina ("rights to all derivative
-electronic formats reserved"). The sound: FluidR3, Frank Wen, MIT licence.
+Collection (1883), Aird's Airs (1782) and J. S. Bach's chorales, among which the Prelude in C, BWV
+846, is called one too; all in the public domain, transcribed to ABC and MusicXML by volunteers, and
+part of music21 (BSD) with their permission. Left out: the Essen folk songs (given for
+non-commercial use) and Palestrina ("rights to all derivative electronic formats reserved"). The
+sound: FluidR3, Frank Wen, MIT licence.
 """
 
 import argparse

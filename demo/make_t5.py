@@ -3,12 +3,12 @@
     pip install -e ".[demo]"
     python demo/make_t5.py data/train demo/t5         # 3 minutes on two cores
 
-What a language model learns of words (that "speedy" is like "fast", and a "fiddle" like a "violin")
-WordLlama (Miller, 2024; MIT licence), whose word vectors come inside its package, keeps as a vector
-a word, taken out of Llama 2. Here each token of a text learns to predict, by a matrix that is
-thrown away afterwards, the vector of the word it is a piece of. The texts are the captions, with
-words replaced at random by any of the 30,000 most frequent English words (wordfreq, Speer 2022),
-and such words in a row. So a prompt may use words that no caption has.
+A language model learns that "speedy" is like "fast", and a "fiddle" like a "violin". WordLlama
+(Miller, 2024; MIT licence) keeps that as a vector a word, taken out of Llama 2; the vectors come
+inside its package. Here each token of a text learns to predict the vector of its word, through a
+matrix that is thrown away afterwards. The texts are the captions, with words replaced at random by
+any of the 30,000 most frequent English words (wordfreq, Speer 2022), and such words in a row. So a
+prompt may use words that no caption has.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import functools
 import io
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -34,7 +35,8 @@ WORDS, LENGTH, BATCH = 30_000, 20, 64
 
 
 def make_tokenizer(words, texts, size: int) -> sentencepiece.SentencePieceProcessor:
-    """Each word as often as its rank's root allows, so that the frequent ones are one piece."""
+    """A word comes the more often, the more frequent it is (1 / sqrt(rank)), so that the frequent
+    ones are one piece."""
     lines = [word for rank, word in enumerate(words)
              for _ in range(max(1, round(300 / (rank + 1) ** 0.5)))]
     model = io.BytesIO()
@@ -83,13 +85,16 @@ def step(weights, opt, config, tx, ids, mask, targets):
     return optax.apply_updates(weights, updates), opt, value
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a folder with captions.jsonl")
     parser.add_argument("out", type=Path, help="the T5 folder to make")
     parser.add_argument("--steps", type=int, default=4000)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def make(args):
     tracks = train.read_tracks(args.data, needs_text=True)
     texts = sorted({text for track in tracks for text in track.long + (", ".join(track.short),)})
     words = [word for word in wordfreq.top_n_list("en", WORDS) if word.isalpha() and word.isascii()]
@@ -105,7 +110,7 @@ def main():
     t5 = t5_encoder.random_t5([], seed=0, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
     tokenizer = make_tokenizer(words, texts, 8000)
     embed = 0.1 * jax.random.normal(jax.random.key(1), (tokenizer.get_piece_size(), 128))
-    config = t5_encoder.dataclasses.replace(t5.config, vocab_size=tokenizer.get_piece_size())
+    config = replace(t5.config, vocab_size=tokenizer.get_piece_size())
     head = jax.random.normal(jax.random.key(2), (128, 256)) / 128**0.5
     weights = {"t5": {**t5.params, "embed": embed}, "head": head}
     tx = optax.adam(optax.warmup_cosine_decay_schedule(0, 3e-3, 100, args.steps))
@@ -123,4 +128,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    train.run_command(make, parse_args())

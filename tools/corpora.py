@@ -16,9 +16,9 @@ LaMDA-LF (Sec. 3.5): songs.csv has the columns title and artist. The template is
 and then the song in question. A language model adds an "answer" to each line of prompts.jsonl.
 
 AudioSet: the clips with a label of App. D, of those that are in the folder: by YouTube id and
-start, `ID_30.wav` for 30 s or 30000 ms, `ID_30_40.wav`, or by the id alone, before all of which a
-`Y` may stand. MuLaMCap (Sec. 3.5) is what label.py then makes of a folder for training, and of
-another for evaluation:
+start in s or ms (`ID_30.wav`, `ID_30000.wav`), by start and end (`ID_30_40.wav`), or by the id
+alone; each may begin with a `Y`. MuLaMCap (Sec. 3.5) is what label.py then makes of a folder for
+training, and of another for evaluation:
     python tools/label.py ./clips --vocabulary long vocabularies/lamda_lf.txt \\
         --vocabulary long vocabularies/rater_lf.txt --vocabulary short vocabularies/rater_sf.txt \\
         --audio-embedder x:audio --text-embedder x:text
@@ -175,8 +175,9 @@ def mentions(sentence: str, name: str) -> bool:
 def answers(path: Path):
     """LaMDA-LF: the clean sentences of a language model's answers, Sec. 3.5.
 
-    choice: clean is whole, of 4 to 40 words, without the song's title and artist, and not yet there
-    by its words alone. choice: an answer ends with its line; a primed model goes on to other songs.
+    choice: clean is whole, of 4 to 40 words, without the song's title and artist, and not one that
+    is there already but for case and punctuation. choice: an answer ends with its line; a primed
+    model goes on to other songs.
     """
     kept, dropped = {}, Counter()
     for song in read_json_lines(path, ("title", "artist", "answer")):
@@ -358,7 +359,7 @@ def prompts(args):
         out = Path(f"{args.set}.jsonl")
         found = [{"prompt": entry.get("long") or ", ".join(entry["tags"]),
                   "seconds": which.seconds} for entry, _ in entries]
-    check(found, f"{args.clips}: holds none of the {len(entries)} clips")
+    check(found, f"{args.clips or args.file}: holds none of the {len(entries)} clips")
     write_lines(out, map(json.dumps, found))
     print(f"{out}: {len(found):,} of {len(entries):,} prompts of {which.name} ({which.size} in the "
           f"paper); sample.py takes --seconds {which.seconds}, evaluate.py --excerpt "

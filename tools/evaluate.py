@@ -34,8 +34,8 @@ the paper's numbers in brackets where set and embedder have the names of the pap
 
 `sweep` writes a JSON line for each point of Figs. 2 and 3: of each model but super-resolution, the
 guidance scales 1, 2, 5, 10 and 15, the step schedules of Table 8, and a quarter to twice the steps;
-all else stays at Table 3. The prompts are the captions of REFERENCE. Clips go into a folder of the
-name of the result; seconds_per_clip is the median time to sample one.
+all else stays as the models have it. The prompts are the captions of REFERENCE. Clips go into a
+folder of the name of the result; seconds_per_clip is the median time to sample one.
 """
 
 import json
@@ -97,12 +97,13 @@ def excerpt(track, seconds: float) -> tuple[np.ndarray, bool]:
                          "paired with") from None
 
 
-def evaluation_set(source: Path, spec: str, seconds: float) -> EvaluationSet:
-    """The excerpts of a folder of audio, embedded; or an array that the user made."""
+def evaluation_set(source: Path, spec: str, seconds: float, limit=None) -> EvaluationSet:
+    """The excerpts of a folder of audio, embedded; or an array that the user made. Or the first
+    `limit` of them."""
     if source.suffix in (".npy", ".npz"):
-        return EvaluationSet(load_embeddings(source), None)
+        return EvaluationSet(load_embeddings(source)[:limit], None)
     check(spec, f"{source}: a folder of audio needs an --audio-embedder")
-    function, tracks, parts, short = load_embedder(spec), clips_of(source), [], 0
+    function, tracks, parts, short = load_embedder(spec), clips_of(source)[:limit], [], 0
     check(callable(function), f"{spec}: is an array; give it in the place of the folder {source}")
     show = progress(f"{source}: clips embedded", len(tracks))
     for i in range(0, len(tracks), WINDOWS):
@@ -155,7 +156,7 @@ def text_embeddings(spec: str, texts, shape) -> np.ndarray:
     text = load_embedder(spec)
     if callable(text):
         check(texts, "--text-embedder: no captions beside the reference, nor prompts beside the "
-              "samples")
+              "samples; with arrays of audio, give an array of texts too")
         text = embed_texts(text, spec, texts)
     check(text.shape == shape,
           f"{spec}: text embeddings {text.shape}; wanted {shape}, a row for each clip")
@@ -252,7 +253,7 @@ def tables(args):
 def sweep_points(weights) -> list:
     """(model, changes of its InferenceConfig): "Only one parameter is varied at a time" (Sec. 4.5).
 
-    The first is the base, Table 3. choice: all schedules in as many steps; a quarter to twice them.
+    The first is the base. choice: all schedules in as many steps; a quarter to twice them.
     """
     points = [(None, {})]
     for name, (model, _) in weights.items():
@@ -266,23 +267,29 @@ def sweep_points(weights) -> list:
 
 
 def sweep(args):
-    """A JSON line for each point of Figs. 2 and 3. A second run goes on where the first stopped."""
+    """A JSON line for each point of Figs. 2 and 3. A second run goes on where the first stopped.
+
+    choice: FAD to the clips of the same prompts, not to those of the whole set.
+    """
     check_writable(args.out)
     check(args.audio_embedder, "sweep needs an --audio-embedder, for the clips that it samples")
-    truth = evaluation_set(args.reference, args.audio_embedder, args.excerpt)
-    prompts = [e["prompt"] for e in read_prompts(args.prompts)] if args.prompts else truth.texts
-    check(prompts,
+    truth = evaluation_set(args.reference, args.audio_embedder, args.excerpt, args.limit)
+    if args.prompts:
+        given = [entry["prompt"] for entry in read_prompts(args.prompts)[: args.limit]]
+        truth = truth._replace(texts=given)
+    check(truth.texts,
           f"{args.reference}: not every clip has a caption; give the prompts with --prompts")
-    check(len(prompts) > 1, f"{args.prompts}: a sweep compares clips; give two prompts or more")
-    truth = EvaluationSet(truth.embeddings[: args.limit], prompts[: args.limit])
-    if args.text_embedder and len(truth.texts) == len(truth.embeddings):  # an error comes now
-        shape = len(truth.texts), truth.embeddings.shape[-1]
-        text_embeddings(args.text_embedder, truth.texts, shape)
+    n, prompts = len(truth.embeddings), truth.texts
+    check(len(prompts) > 1, "a sweep compares clips; give two prompts or more")
+    check(len(prompts) == n, f"{args.prompts or args.reference}: {len(prompts)} prompts of the {n} "
+          f"clips of {args.reference}; give one of each")
+    if args.text_embedder:  # an error comes now
+        text_embeddings(args.text_embedder, prompts, (n, truth.embeddings.shape[-1]))
     mesh = serving_mesh(1, 1)
     weights, encoder, _, identity = load_weights(args, stages_of(args.route, False), mesh)
     c = next(iter(weights.values()))[0].training
     seconds = args.seconds or max(SECONDS, c.seconds)
-    prompts = [clean_prompt(prompt, encoder, c.token_length) for prompt in prompts[: args.limit]]
+    prompts = [clean_prompt(prompt, encoder, c.token_length) for prompt in prompts]
     names = [clip_name(i, len(prompts)) for i in range(len(prompts))]
     points = sweep_points(weights)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
@@ -334,7 +341,7 @@ def plot(args):
     FAD, SIMILARITY, TIME = axes
 
     def draw(ax, x, y, what, varied, mark):
-        """A curve for each model, through the points where just `varied` differ from Table 3."""
+        """A curve for each model, through the points where just `varied` differ from the base."""
         for model in dict.fromkeys(line["model"] for line in lines[1:]):
             points = [line for line in lines if line["model"] == model
                       and {"cfg_scale", "step_schedule", "steps"} & line.keys() == varied]
@@ -349,7 +356,7 @@ def plot(args):
     ax = figures[2].subplots()
     draw(ax, FAD, SIMILARITY, "CFG scale", {"cfg_scale"}, lambda line: f"{line['cfg_scale']:g}")
     draw(ax, FAD, SIMILARITY, "step schedule", {"step_schedule", "steps"},
-         lambda line: line["step_schedule"][0].upper())  # Fig. 2: "B"ack-heavy, "U"niform, ...
+         lambda line: line["step_schedule"].replace("_heavy", "").replace("_", " "))
     for ax, y in zip(figures[3].subplots(1, 2), (FAD, SIMILARITY)):
         draw(ax, TIME, y, "steps", {"steps"}, lambda line: line["steps"])
     for n, figure in figures.items():
@@ -405,9 +412,10 @@ def parse_args(argv):
         add_model_options(parser)
         add("-o", "--out", type=Path, default=Path("sweep.jsonl"), metavar="FILE",
             help="default: sweep.jsonl")
-        add("--prompts", type=Path, metavar="FILE", help="other prompts, one a line")
+        add("--prompts", type=Path, metavar="FILE", help="the prompts of REFERENCE's clips, in "
+            "their order, one a line (default: their captions; seeds and seconds are not read)")
         add("--limit", type=number(int, 2), default=64, metavar="N",
-            help="clips a point: the first N (default: 64)")
+            help="prompts a point, and clips of REFERENCE: the first N (default: 64)")
         parser.set_defaults(num=1, no_superres=True, keep_stages=False, **dict.fromkeys(OVERRIDES))
     args = parser.parse_args(argv[1:])
     if command == "sweep" and args.out.suffix != ".jsonl":

@@ -12,12 +12,12 @@
     # and its high-quality part: metadata alone, all clips of a track
     python tools/label.py library --high-quality
 
-For each 30 s clip, the K captions of each vocabulary that are nearest to the clip by the cosine of
-their embeddings; K' of them are drawn with probabilities inverse to how often each was near to a
-clip. MuLan, which embeds audio and text in one space, is not public: bring your own. An audio
-embedder takes audio (16, samples), float32 at 16 kHz, and returns (16, E) or, of frames,
-(16, F, E); a text embedder takes a list of texts and returns (N, E). Or an array (clips, E) in a
-.npy or .npz, in the order of metadata.jsonl or of the file names, and of the clips of a track.
+Each 30 s clip gets K' of the K captions of each vocabulary that are nearest to it by the cosine of
+their embeddings. They are drawn with probabilities inverse to how often each was near to a clip.
+MuLan, which embeds audio and text in one space, is not public: bring your own. An audio embedder
+takes audio (16, samples), float32 at 16 kHz, and returns (16, E) or, of frames, (16, F, E); a text
+embedder takes a list of texts and returns (N, E). An array (clips, E) in a .npy or .npz can take
+the place of the first: tracks in the order of metadata.jsonl or of their names, clips in time.
 
 DIR/metadata.jsonl, if there, says of each track {"audio": "one.flac", "title": "...", "tags":
 ["jazz", "piano"]}; otherwise all audio in DIR is taken. Of a track with neither title nor tags, the
@@ -104,8 +104,8 @@ def embed_audio(function: Callable, spec: str, audio: np.ndarray) -> np.ndarray:
 
 
 def embed_clips(function: Callable, spec: str, clips: list[Clip]) -> np.ndarray:
-    """(N, E): of each clip the average over its 10-second windows (Sec. 3.5); not numbers where it
-    cannot be decoded."""
+    """(N, E): of each clip the average over its 10-second windows (Sec. 3.5); NaN where it cannot
+    be decoded."""
     nothing = np.full(1, np.nan, np.float32)
     pieces = [n2m.windows(nothing if audio is None else audio)
               for audio in load_clips(clips, n2m.MEL_RATE)]
@@ -268,7 +268,7 @@ def label(args):
     # Sec. 3.6: high-quality tracks "are segmented to non-overlapping 30-second clips", all of them
     clips = find_clips(tracks, 10**6 if args.high_quality else CLIPS_PER_TRACK)
     print(f"{len(tracks)} tracks, {len(clips)} clips of up to {CLIP_SECONDS} s", flush=True)
-    labels, kept = [{"long": [], "short": []}] * len(clips), ""
+    labels, kept, bare = [{"long": [], "short": []}] * len(clips), "", 0
     if args.vocabulary:
         with lock(work / "lock"):
             clips, labels = pseudo_labels(args, clips, work)
@@ -283,6 +283,10 @@ def label(args):
             entry = {"audio": path, "start": start, "long": long + pseudo["long"],
                      "short": short + pseudo["short"]}
             file.write(json.dumps(entry).encode() + b"\n")
+            bare += not (entry["long"] or entry["short"])
+    if bare:
+        warn(f"{bare} of {len(clips)} clips have no title, tags or caption: the models that read "
+             "text will leave them out")
     print(f"{out}: {len(clips)} clips with their captions{kept}")
 
 
@@ -291,7 +295,7 @@ def label(args):
 def parse_args(argv):
     """(function, arguments) of a command."""
     if argv and argv[0] in corpora.COMMANDS:
-        return corpora.COMMANDS[argv[0]], corpora.parse_args(*argv[:1], argv[1:])
+        return corpora.COMMANDS[argv[0]], corpora.parse_args(argv[0], argv[1:])
     parser = new_parser("label.py", __doc__)
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="the music")

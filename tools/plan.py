@@ -8,7 +8,7 @@
     python tools/plan.py v4:4x4x4 --train waveform_generator --batch-size 2048
 
 Compiles the programs that sample.py and train.py run. For a TPU, their time is an estimate from the
-compiler's own counts: the larger of arithmetic and memory traffic at the chip's peak rates, then
+compiler's own counts: the larger of arithmetic and memory traffic at the chip's peak rates, plus
 collectives. With --here it is the median of 20 runs, beside what a large matrix product reaches.
 """
 
@@ -95,7 +95,9 @@ def text_condition(model: n2m.Model, rows: int) -> n2m.Condition:
 
 
 def collectives(hlo: str) -> tuple[dict, int]:
-    """{kind: number} of a compiled program's collectives, and the bytes on a chip's links."""
+    """{kind: number} of a compiled program's collectives, and about the bytes on a chip's links:
+    those of the results. A TPU's compiler writes a reduce-scatter as an all-reduce, which counts
+    twice."""
     size = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
     counts, total = {}, 0
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
@@ -283,7 +285,7 @@ def parse_args(argv=None):
         "the model is trained on)")
     add("--batch-size", type=count, metavar="N", help="of --train (default: the paper's)")
     add("--accumulate", type=count, metavar="N",
-        help="parts of a batch (default: as few as leave a device 8 clips)")
+        help="parts of a batch (default: as few as leave a device at most 8 clips)")
     args = parser.parse_args(argv)
     if args.here and args.train or args.tiny and not args.here:
         parser.error("--here measures a step of sampling, with --tiny of the small models; --train "

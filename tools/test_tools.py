@@ -193,11 +193,12 @@ def test_label_gives_the_nearest_captions_of_each_vocabulary(toy):
     assert [line["short"] for line in json_lines("f.jsonl")] == [list(t.short) for t in tracks]
 
 
-def test_high_quality_labels_all_clips_with_their_metadata_as_one_prompt(toy):
+def test_high_quality_labels_all_clips_with_their_metadata_as_one_prompt(toy, capfd):
     """Sec. 3.6. Titles and tags are those of metadata.jsonl; or else of the files."""
     write_tones("music/long.wav", *range(100, 900, 100), seconds=30)
     write_tones("music/song.flac", 500, title="Song", album="Album", genre="Hum")
     label.main(["music", "--high-quality"])
+    assert "8 of 9 clips have no title, tags or caption" in capfd.readouterr().err
     *steps, song = json_lines("music/captions.jsonl")
     assert song == {"audio": "song.flac", "start": 0, "long": ["Song, Album, Hum"], "short": []}
     assert [line["start"] for line in steps] == [0, 30, 60, 90, 120, 150, 180, 210]
@@ -769,7 +770,7 @@ def test_figures_2_and_3_of_a_sweep(toy, monkeypatch):
          ("generator: step schedule", [[4, -4], [5, -5]])],
         [("vocoder: steps", [[60, 6], [70, 7]])], [("vocoder: steps", [[60, -6], [70, -7]])]]
     marks = [[text.get_text() for text in ax.texts] for figure in drawn for ax in figure.axes]
-    assert marks == [["1", "2", "5", "U", "B"], ["2", "4"], ["2", "4"]]
+    assert marks == [["1", "2", "5", "uniform", "back"], ["2", "4"], ["2", "4"]]
 
 
 # ---- listen.py, Table 7 ----
@@ -968,6 +969,7 @@ REFUSALS = [(script, f"{start} {argv}", words) for script, start, rows in [
     ("evaluate", "sweep x.npy --prompts gap.txt", {"": "sweep needs an --audio-embedder"}),
     ("evaluate", "sweep told --models music --audio-embedder toy:audio --excerpt 1", {
         "": "no trained waveform_generator", "--prompts lone.txt": "give two prompts or more",
+        "--prompts ok.txt": "ok.txt: 3 prompts of the 2 clips of told; give one of each",
         "--text-embedder wide.npy": "wide.npy: text embeddings (8, 3); wanted (2, "}),
     ("plan", "", {"v5:2x2x1": "is not KIND:AxBxC", "v4:2x2x1 --num 0": "--num",
                   "v4:2x2x1 --only x": "--only"}),

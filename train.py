@@ -345,7 +345,6 @@ def make_batch(examples: list[Example], model: n2m.Model, encode: Callable | Non
 
 # ---- The step (Sec. 4.1) ----
 
-
 class State(NamedTuple):
     params: dict
     ema: dict
@@ -409,7 +408,6 @@ def train_step(state: State, model: n2m.Model, seed: int, batch, accumulate: int
 
 
 # ---- Devices and processes (Sec. 4.1 trains with batches of 2048 and 4096) ----
-
 
 def join_processes(args):
     """Makes this process one of --processes, each with its own devices, that train together."""
@@ -492,7 +490,6 @@ def gather(tree):
 
 # ---- Checkpoints: one safetensors file each ----
 
-
 def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"checkpoint-{'[0-9]' * 8}.safetensors"))
 
@@ -573,7 +570,6 @@ def load_model(folder: Path, name: str, raw: bool = False):
 
 
 # ---- The run ----
-
 
 class Run(NamedTuple):
     """What training goes on from. A checkpoint is a Run, but for the encoder, which it names."""
@@ -822,7 +818,6 @@ def write_wav(path: Path, audio: np.ndarray, rate: int):
 
 
 # ---- The command line ----
-
 
 def warn(message: str):
     with contextlib.suppress(OSError):  # nobody reads

@@ -323,15 +323,14 @@ def example_maker(clips: list[Clip], model: n2m.Model, seed: int, count_tokens=N
 
 def batches(example: Callable, rows: list[int], batch_size: int, index: int, ahead: int = 4):
     """Lists of the examples index + rows, of the same rows of the next batch, ..., made ahead."""
-    queue = deque()
-    with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            for first in itertools.count(index, batch_size):
-                queue.append(pool.map(example, [first + row for row in rows]))
-                if len(queue) > ahead:
-                    yield list(queue.popleft())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool, queue = ThreadPoolExecutor(THREADS), deque()
+    try:
+        for first in itertools.count(index, batch_size):
+            queue.append(pool.map(example, [first + row for row in rows]))
+            if len(queue) > ahead:
+                yield list(queue.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def make_batch(examples: list[Example], model: n2m.Model, encode: Callable | None) -> n2m.Batch:

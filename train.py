@@ -114,8 +114,7 @@ def read_tracks(folder: Path, needs_text: bool, manifest: str = "captions.jsonl"
         lines = [(f"{path}:{n}", line) for n, line in enumerate(read_lines(path), 1)]
         parse = lambda line: parse_caption(folder, line, needs_text)
     else:  # the files that stand for the lines of a manifest
-        unread = lambda error: warn(f"{error.filename}: {error.strerror}; skipped")
-        walked = [*os.walk(folder, onerror=unread)]
+        walked = [*os.walk(folder, onerror=lambda error: warn(f"{reason(error)}; skipped"))]
         files = sorted(Path(at, name) for at, _, names in walked for name in names)
         for path in (Path(at, name) for at, below, _ in walked for name in below):
             if path.is_symlink():
@@ -124,8 +123,8 @@ def read_tracks(folder: Path, needs_text: bool, manifest: str = "captions.jsonl"
         lines = [(file, file) for file in files if file.suffix.lower() in AUDIO]
 
         def parse(file):
-            captions = [read_lines(texts[stem]) for stem in [file.with_suffix("")] if stem in texts]
-            entry = {"audio": str(file.relative_to(folder)), "long": sum(captions, [])}
+            captions = read_lines(texts[stem]) if (stem := file.with_suffix("")) in texts else []
+            entry = {"audio": str(file.relative_to(folder)), "long": captions}
             return parse_caption(folder, json.dumps(entry), needs_text)
 
     tracks = usable(parse, [(name, line) for name, line in lines if str(line).strip()])

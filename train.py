@@ -974,12 +974,11 @@ def keep_programs():
 
     def remark(message, *args, **kwargs):  # once, of a full disk or damage, which is removed
         found = re.match(r"Error \w+ persistent .* entry for '(.*?)'", str(message))
-        if found:
-            for entry in folder.glob(f"{found[1]}-*" if "reading" in found[0] else "no such"):
-                entry.unlink(missing_ok=True)
-            said or said.append(warn(f"{folder}: {reason(message)}"))
-        else:
-            show(message, *args, **kwargs)
+        if not found:
+            return show(message, *args, **kwargs)
+        for entry in folder.glob(f"{found[1]}-*" if "reading" in found[0] else "no such"):
+            entry.unlink(missing_ok=True)
+        said or said.append(warn(f"{folder}: {reason(message)}"))
 
     try:
         home = jax.config.jax_compilation_cache_dir or Path.home() / ".cache" / "noise2music"

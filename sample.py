@@ -21,9 +21,8 @@ import json
 import math
 import sys
 import time
-import zlib
 from dataclasses import asdict, replace
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ import numpy as np
 
 import noise2music as n2m
 import t5_encoder
-from t5_encoder import check, own_part, parse_json, read_lines, whole_file
+from t5_encoder import check, crc32, own_part, parse_json, read_lines, whole_file
 from train import (MAX_SEED, load_model, new_parser, number, parse_caption, run_command, warn,
                    words_of, write_wav)
 
@@ -105,10 +104,6 @@ def load_weights(args, stages: list[str], mesh):
         check(metadata["t5_fingerprint"] == text_encoder.fingerprint,
               f"{folder}: not the T5 encoder that {name} was trained with; name that one with --t5")
     return weights, text_encoder, first.get("words"), identity | {"t5": text_encoder.fingerprint}
-
-
-def crc32(*arrays) -> int:
-    return reduce(lambda crc, array: zlib.crc32(np.ascontiguousarray(array), crc), arrays, 0)
 
 
 # ---- Prompts ----
@@ -248,7 +243,7 @@ def finished(args, weights, identity: dict, job: Job) -> bool:
         found = [(parse_json(path.with_suffix(".json").read_bytes()), path.read_bytes())
                  for path in clip_paths(job.out, args.num)]
         return all(settings.items() >= settings_of(args, weights, identity, job, clip).items()
-                   and settings["wav_crc32"] == zlib.crc32(wav)
+                   and settings["wav_crc32"] == crc32(wav)
                    for clip, (settings, wav) in enumerate(found))
     except (OSError, ValueError, LookupError, AttributeError):
         return False
@@ -273,7 +268,7 @@ def run_job(args, weights, text_encoder, identity: dict, mesh, job: Job):
         write_wav(path, audio[i], rate)
         settings = settings_of(args, weights, identity, job, i) | took
         with whole_file(settings_path) as file:
-            settings |= {"wav_crc32": zlib.crc32(path.read_bytes())}
+            settings |= {"wav_crc32": crc32(path.read_bytes())}
             file.write(json.dumps(settings, indent=1).encode() + b"\n")
         level = 10 * math.log10(max(float(np.mean(audio[i] ** 2)), 1e-18))
         print(f"{path}  {job.seconds:g} s at {rate} Hz, {level:.0f} dBFS, seed {job.seed} clip {i}",

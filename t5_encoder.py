@@ -182,11 +182,10 @@ def fingerprint(t5):
     what config.json says that is neither a default nor seen in the shapes of the parameters."""
     names = "relative_attention_max_distance", "layer_norm_epsilon"
     said = {k: v for k in names if (v := getattr(t5.config, k)) != getattr(T5Config, k)}
-    crc = zlib.crc32(repr(said).encode() if said else b"")
-    crc = zlib.crc32(t5.tokenizer.serialized_model_proto(), crc)
-    for array in jax.tree.leaves(t5.params):  # in the order of their names
-        crc = zlib.crc32(np.asarray(array), crc) if array.size < 2**22 else crc
-    return f"{crc:08x}"
+    arrays = jax.tree.leaves(t5.params)  # in the order of their names
+    small = [np.asarray(array) for array in arrays if array.size < 2**22]
+    vocabulary = t5.tokenizer.serialized_model_proto()
+    return f"{crc32(repr(said).encode() if said else b'', vocabulary, *small):08x}"
 
 
 # ---- files: what is read is doubted, what is written is whole ----
@@ -376,6 +375,11 @@ DTYPES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "
 CHECKSUM = {"crc32": "00000000", "crc32_of": "this file with 00000000 as its crc32"}
 
 
+def crc32(*parts):
+    """The CRC-32 of bytes and numpy arrays, as if they were one file."""
+    return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
+
+
 def write_safetensors(path, tensors, metadata):
     """Writes {name: numpy or jax array}, {name: string} and a CRC-32 to path: all or, on any error,
     nothing. ValueError for a dtype or metadata that the format cannot hold."""
@@ -392,9 +396,8 @@ def write_safetensors(path, tensors, metadata):
     text = json.dumps({"__metadata__": CHECKSUM | metadata, **entries}).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
-    crc = functools.reduce(lambda crc, data: zlib.crc32(data, crc), [start, *arrays], 0)
     with whole_file(path) as file:
-        file.writelines([start.replace(b"00000000", b"%08x" % crc, 1), *arrays])
+        file.writelines([start.replace(b"00000000", b"%08x" % crc32(start, *arrays), 1), *arrays])
 
 
 def read_safetensors(path, keep=lambda name: True):
@@ -416,6 +419,6 @@ def read_safetensors(path, keep=lambda name: True):
         if metadata.keys() & CHECKSUM.keys():
             crc = metadata.get("crc32", "")
             start = data[:base].tobytes().replace(crc.encode(), b"00000000", 1)
-            check(crc == f"{zlib.crc32(data[base:], zlib.crc32(start)):08x}", "wrong CRC-32")
+            check(crc == f"{crc32(start, data[base:]):08x}", "wrong CRC-32")
     return ({name: array for name, array in tensors.items() if keep(name)},
             {key: value for key, value in metadata.items() if key not in CHECKSUM})

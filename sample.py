@@ -140,10 +140,8 @@ def read_prompts(path: Path) -> list[dict]:
     """{"prompt": ...} and, where it is named, "seed" and "seconds" of each line of --prompts."""
     jobs = []
     for n, line in enumerate(read_lines(path), 1):
-        job = {"prompt": line.strip()}
         try:
-            if line.lstrip().startswith("{"):
-                job = parse_json(line)
+            job = parse_json(line) if line.lstrip().startswith("{") else {"prompt": line.strip()}
             if "audio" in job:
                 job = {"prompt": caption_of(parse_caption(path.parent, line, needs_text=True))}
             check("prompt" in job and job.keys() <= {"prompt", "seed", "seconds"},

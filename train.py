@@ -277,10 +277,9 @@ def epoch_order(clips: list[Clip], weights: list[float], seed: int, epoch: int) 
     folders = np.array([clip.folder for clip in clips])
     for k, weight in enumerate(weights):
         own, n = np.flatnonzero(folders == k), max(1, round(len(clips) * weight / sum(weights)))
-        first, end = epoch * n // len(own), -(-(epoch + 1) * n // len(own))  # rounds of this folder
-        rounds = [np.random.default_rng([seed, 2, k, i]).permutation(own)
-                  for i in range(first, end)]
-        start = epoch * n - first * len(own)
+        first, start = divmod(epoch * n, len(own))  # the round of this folder, the place in it
+        rounds = [np.random.default_rng([seed, 2, k, first + i]).permutation(own)
+                  for i in range(-(-(start + n) // len(own)))]
         parts.append(np.concatenate(rounds)[start : start + n])
     return rng.permutation(np.concatenate(parts))
 

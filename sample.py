@@ -84,8 +84,7 @@ def load_weights(args, stages: list[str], mesh):
     """({name: (Model, params)}, text encoder, words, identity) for the stages of a route.
 
     `words` are all that the captions of the first model's data had, or None where they were many.
-    `identity` tells these parameters and this encoder from any others.
-    """
+    `identity` tells these parameters and this encoder from any others."""
     weights, reads_text, identity = {}, {}, {}
     for name, changes in zip(stages, per_stage(args, stages)):
         model, params, metadata = load_model(args.models, name, args.raw)

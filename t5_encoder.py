@@ -91,8 +91,7 @@ def t5_encoder(params, config, ids, mask):
     """Token embeddings after the final norm: (B, L, E) float32. Compiled once for each (B, L).
 
     ids (B, L) int32 below vocab_size; mask (B, L) bool, True at the tokens that may be attended to.
-    What comes out at masked positions means nothing. All is float32, on every device.
-    """
+    What comes out at masked positions means nothing. All is float32, on every device."""
     eps = config.layer_norm_epsilon
     bias = params["position_bias"][position_buckets(config, ids.shape[1])]
     bias = bias.transpose(2, 0, 1) + jnp.where(mask, 0.0, -1e30)[:, None, None, :]  # (B, H, L, m)

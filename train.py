@@ -137,8 +137,7 @@ def patiently(function: Callable, items: list) -> list:
     """function(item) of all items, in threads; or the ValueError or OSError that it ends with.
 
     What the system cannot read now (its network is away) is not bad: it is tried again, after each
-    of WAITS.
-    """
+    of WAITS."""
 
     def attempt(item):
         try:
@@ -388,8 +387,7 @@ def update(state: State, model: n2m.Model, grads):
 def train_step(state: State, model: n2m.Model, seed: int, batch, accumulate: int = 1, mesh=None):
     """One step on a batch in `accumulate` equal parts. Returns state, losses (B,), t (B,), norm.
 
-    Where a mesh is set, it is given too, and the batch is the `process_rows` of this process.
-    """
+    Where a mesh is set, it is given too, and the batch is the `process_rows` of this process."""
     key, total, logged = jax.random.fold_in(jax.random.key(seed), state.step), None, []
     for k in range(accumulate):  # on a CPU, gradients are 50 times slower inside lax.scan
         part = jax.tree.map(lambda a: np.split(a, accumulate)[k], batch)

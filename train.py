@@ -255,14 +255,12 @@ def text_batch(track: Track, token_length: int, count_tokens: Callable) -> list[
 
 def mixed_clips(data: list, folders: list[list[Track]]) -> list[Clip]:
     """The clips of all --data. Of several folders it prints their shares of the examples."""
-    clips = [clip._replace(folder=k) for k, tracks in enumerate(folders)
-             for clip in find_clips(tracks)]
-    sizes = np.bincount([clip.folder for clip in clips])
-    shares = np.array([weight or size for (_, weight), size in zip(data, sizes)])
-    for (path, _), size, share in zip(data, sizes, shares / shares.sum()):
+    found = [find_clips(tracks) for tracks in folders]
+    shares = np.array([weight or len(clips) for (_, weight), clips in zip(data, found)])
+    for (path, _), clips, share in zip(data, found, shares / shares.sum()):
         if len(data) > 1:
-            print(f"{path}: {size} clips, {share:.2%} of the examples")
-    return clips
+            print(f"{path}: {len(clips)} clips, {share:.2%} of the examples")
+    return [clip._replace(folder=k) for k, clips in enumerate(found) for clip in clips]
 
 
 def epoch_order(clips: list[Clip], weights: list[float], seed: int, epoch: int) -> np.ndarray:

@@ -111,7 +111,8 @@ def read_tracks(folder: Path, needs_text: bool, manifest: str = "captions.jsonl"
     check(folder.is_dir(), f"{folder}: no such folder; give one of audio and captions (see --help)")
     path = folder / manifest
     if path.exists():
-        lines = [(f"{path}:{n}", line) for n, line in enumerate(read_lines(path), 1)]
+        lines = [(f"{path}:{n}", line) for n, line in enumerate(read_lines(path), 1)
+                 if line.strip()]
         parse = lambda line: parse_caption(folder, line, needs_text)
     else:  # the files that stand for the lines of a manifest
         walked = [*os.walk(folder, onerror=lambda error: warn(f"{reason(error)}; skipped"))]
@@ -127,8 +128,7 @@ def read_tracks(folder: Path, needs_text: bool, manifest: str = "captions.jsonl"
             entry = {"audio": str(file.relative_to(folder)), "long": captions}
             return parse_caption(folder, json.dumps(entry), needs_text)
 
-    tracks = usable(parse, [(name, line) for name, line in lines if str(line).strip()])
-    tracks = [track for track in tracks if track]
+    tracks = [track for track in usable(parse, lines) if track]
     check(tracks, f"{folder}: no audio with a caption; put it there, with {manifest} or .txt files")
     return tracks
 

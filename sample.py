@@ -215,14 +215,13 @@ def check_writable(out: Path):
 def write_stages(outputs, weights, i: int, path: Path):
     """--keep-stages: what each stage made; a log-mel as .npy, and to be heard by Griffin-Lim."""
     for name, x in outputs.items():
-        model, stage = weights[name][0], path.with_name(f"{path.stem}.{name}.wav")
+        model, stage, audio = weights[name][0], path.with_name(f"{path.stem}.{name}.wav"), x[i]
         if n2m.writes_log_mel(model):
             np.save(array := io.BytesIO(), np.asarray(x[i]))
             with whole_file(stage.with_suffix(".npy")) as file:
                 file.write(array.getbuffer())
-            write_wav(stage, np.asarray(n2m.griffin_lim(x[i : i + 1])[0]), n2m.MEL_RATE)
-        else:
-            write_wav(stage, np.asarray(x[i]), model.rate)
+            audio = n2m.griffin_lim(x[i : i + 1])[0]
+        write_wav(stage, np.asarray(audio), model.audio_rate)
 
 
 def settings_of(args, weights, identity: dict, job: Job, clip: int) -> dict:

@@ -797,7 +797,7 @@ def preview(folder: Path, state: State, model: n2m.Model, batch: n2m.Batch):
     length, keys = n2m.padded_length(model.unet, truth.shape[1]), jax.random.key(step)[None]
     x = n2m.sample(params, model, condition, keys, length)[:, : truth.shape[1]]  # (1, T, C)
     sound, path = n2m.griffin_lim(x) if mel else x[:, :, 0], folder / f"sample-{step:08d}.wav"
-    write_wav(path, np.asarray(sound[0]), n2m.MEL_RATE if mel else model.rate)
+    write_wav(path, np.asarray(sound[0]), model.audio_rate)
     correlation = jnp.corrcoef(x.ravel(), truth.ravel())[0, 1]
     print(f"{path}: correlation with the clip {correlation:.3f}", flush=True)
 

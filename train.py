@@ -100,8 +100,7 @@ def parse_caption(folder: Path, line: str, needs_text: bool) -> Track:
         texts[key] = tuple(text.strip() for text in value if text.strip())
     # Sec. 3.6: title, tags, pseudo labels. choice: title and tags are short prompts.
     short = texts["title"] + texts["tags"] + texts["short"]
-    track = Track(folder / entry["audio"], texts["long"], short, start)
-    regular(track.path)
+    track = Track(regular(folder / entry["audio"]), texts["long"], short, start)
     check(track.long or short or not needs_text, f"{entry['audio']}: no caption")
     return track
 

@@ -1657,9 +1657,9 @@ def small(name, **training):
     """A model on the code path of all the others, small enough to compile and train in a test."""
     model = tiny(n2m.MODELS[name])
     text = n2m.uses_text(model)
-    unet = replace(model.unet, base_dimension=8, depth=2, strides=TWO_STRIDES[name],
-                   channels=(1, 2), blocks=(1, 1), self_attention=(False, text),
-                   cross_attention=(False, text), attention_heads=2 * text, head_width=4)
+    unet = replace(model.unet, base_dimension=8, depth=1, strides=(math.prod(TWO_STRIDES[name]),),
+                   channels=(2,), blocks=(1,), self_attention=(text,), cross_attention=(text,),
+                   attention_heads=2 * text, head_width=4)
     return replace(model, unet=unet, inference=replace(model.inference, steps=3),
                    training=replace(model.training, **dict(seconds=0.32) | training))
 

@@ -1961,16 +1961,14 @@ def test_a_noise_schedule_and_a_sixth_model_are_entries_of_tables(tmp_path, data
     """Two steps of the model, under the schedule, and a clip of the route that it is alone in."""
     monkeypatch.setitem(n2m.SCHEDULES, "straight", lambda t, xp=jnp: 10 - 20 * t)
     like = small("waveform_generator", seconds=0.4)
-    unet = replace(like.unet, depth=2, strides=(3, 5), channels=(2, 3), blocks=(1, 1),
-                   self_attention=(False, True), cross_attention=(True, True))
-    sixth = replace(like, name="sixth", unet=unet, rate=2_000, audio_rate=2_000)
-    sixth = replace(sixth, inference=n2m.InferenceConfig("uniform", 1.0, 3.0, steps=4))
+    sixth = replace(like, name="sixth", unet=replace(like.unet, strides=(15,)), rate=2_000,
+                    audio_rate=2_000, inference=n2m.InferenceConfig("uniform", 1.0, 3.0, steps=4))
     monkeypatch.setitem(n2m.MODELS, "sixth", sixth)
     monkeypatch.setitem(n2m.ROUTES, "short", ("sixth",))
     argv = ["sixth", "--data", data, "--out", tmp_path]
     run_train(*argv, "--steps", 2, "--batch-size", 2, "--noise-schedule", "straight")
     model, params, _ = train.load_model(tmp_path, "sixth")
-    assert (model.unet.strides, model.training.noise_schedule) == ((3, 5), "straight")
+    assert (model.unet.strides, model.training.noise_schedule) == ((15,), "straight")
     encode = partial(sample.encode, t5_encoder.load_text_encoder(tmp_path / "t5"))
     audio = n2m.generate(["a tone"], {"sixth": (model, params)}, encode, "short", 0.5)["sixth"]
     assert audio.shape == (1, 1_000) and np.isfinite(audio).all() and audio.std() > 0
@@ -2120,7 +2118,7 @@ def test_inference_parameters_reach_the_stages(runs):
         {("float32", "float32")}) and models[1].sampler != "ddpm"
 
 
-def test_another_text_encoder_is_one_place_to_touch(tmp_path, data, monkeypatch):
+def test_another_text_encoder_is_one_place_to_touch(tmp_path, data, small_models, monkeypatch):
     """Letters, each an embedding of five numbers."""
     read = []
 
@@ -2132,11 +2130,9 @@ def test_another_text_encoder_is_one_place_to_touch(tmp_path, data, monkeypatch)
 
     mine = t5_encoder.TextEncoder(5, encode, len, "letters")
     monkeypatch.setattr(t5_encoder, "load_text_encoder", lambda folder: mine)
-    unet = small_unet(in_channels=1, blocks=(1, 1))
-    monkeypatch.setattr(n2m, "tiny", lambda model: replace(small(model.name), unet=unet))
     monkeypatch.setitem(n2m.ROUTES, "short", ("waveform_generator",))
     run_train("waveform_generator", "--tiny", "--data", data, "--t5", tmp_path, "--out", tmp_path,
-              "--batch-size", 2, "--seconds", 0.64, "--steps", 2)
+              "--batch-size", 2, "--steps", 2)
     model, _, metadata = train.load_model(tmp_path, "waveform_generator")
     assert model.unet.text_width == 5 and metadata["t5_fingerprint"] == "letters"
     assert any("tone" in text for text in read)

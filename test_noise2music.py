@@ -1664,6 +1664,18 @@ def small(name, **training):
                    training=replace(model.training, **dict(seconds=0.32) | training))
 
 
+def leave_run(out, model, averages=None, **metadata):
+    """What train.py leaves of a run of no steps, with a random T5. Returns its checkpoint."""
+    if not (out / "t5").exists():
+        save_t5(out / "t5", random_t5(["slow piano", "fast drums and bass"], 0))
+    mark = t5_encoder.load_text_encoder(out / "t5").fingerprint
+    metadata = {"seed": 0, "index": 0, "t5": None, "t5_fingerprint": mark} | metadata
+    state = train.init_state(model, 0)
+    state = state._replace(ema=averages or state.ema)
+    (out / model.name).mkdir()
+    return train.save_checkpoint(out / model.name, state, model, metadata)
+
+
 @pytest.fixture
 def small_models(monkeypatch):
     monkeypatch.setattr(n2m, "tiny", lambda model: small(model.name))
@@ -1752,29 +1764,28 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, data, smal
     assert [e["loss"] for e in log_of(parts)] == [e["loss"] for e in log_of(whole)]
 
 
-def test_a_run_begins_with_the_averages_of_another(tmp_path, data, small_models, capfd):
+def test_a_run_begins_with_the_averages_of_another(tmp_path, data, capfd):
     """--init takes the model, with what the command line changes of it; bf16 and rematerialisation
     reach the network, and are stored."""
     name = "waveform_generator"
-    common = [name, "--data", data, "--batch-size", 2, "--learning-rate"]
-    run_train(*common, 1e-2, "--tiny", "--out", tmp_path / "a", "--steps", 2, "--seconds", 1.28,
-              "--bf16", "--remat")
-    init = ["--init", train.checkpoints(tmp_path / "a" / name)[-1]]
-    run_train(*common, 1e-30, "--out", tmp_path / "b", "--steps", 1, "--seed", 9, *init)
-    (model, params, metadata), (old, averages, _) = (
-        train.load_model(tmp_path / "b", name, raw=True), train.load_model(tmp_path / "a", name))
+    old = small(name, batch_size=2, seconds=0.64, loss_weight="velocity")
+    init = ["--init", leave_run(tmp_path / "a", old, averages := random_params(old.unet))]
+    run_train(name, "--data", data, "--out", tmp_path / "b", *init, "--steps", 1, "--seed", 9,
+              "--learning-rate", 1e-30, "--seconds", 0.32, "--bf16", "--remat")
+    model, params, metadata = train.load_model(tmp_path / "b", name, raw=True)
     jax.tree.map(np.testing.assert_array_equal, params, averages)
-    assert model == replace(old, training=replace(old.training, steps=1, learning_rate=1e-30))
+    training = replace(old.training, steps=1, learning_rate=1e-30, seconds=0.32)
+    unet = replace(old.unet, dtype="bfloat16", remat=True)
+    assert model == replace(old, training=training, unet=unet)
     assert (metadata["seed"], metadata["index"], metadata["parts"]) == (9, 2, 1)
     assert "hertz" in metadata["words"]
     assert metadata["t5"] == str(tmp_path / "a" / "t5") and not (tmp_path / "b" / "t5").exists()
-    assert (old.training.seconds, old.unet.dtype, old.unet.remat) == (1.28, "bfloat16", True)
     text = n2m.Condition(text=np.zeros((2, 64, 64)), text_mask=np.ones((2, 64), bool))
-    batch = n2m.Batch(np.zeros((2, 4096), np.float32), text)
+    batch = n2m.Batch(np.zeros((2, 1024), np.float32), text)
     program = str(jax.make_jaxpr(train.gradients, static_argnums=1)(
         params, model, jax.random.key(0), batch))
     assert "bf16[" in program and ("remat" in program or "checkpoint" in program)
-    assert "of waveform_generator" in exits(capfd, train.main, "waveform_cascader", *common[1:], 1,
+    assert "of waveform_generator" in exits(capfd, train.main, "waveform_cascader", "--data", data,
                                             "--out", tmp_path / "c", *init)
 
 
@@ -2023,12 +2034,8 @@ def test_another_conditioning_input_is_five_places_to_touch(tmp_path, data, monk
 def runs(tmp_path_factory):
     """All five models, small and untrained, as train.py leaves them."""
     out = tmp_path_factory.mktemp("runs")
-    t5_encoder.save_t5(out / "t5", t5_encoder.random_t5(["slow piano", "fast drums and bass"], 0))
-    mark = t5_encoder.load_text_encoder(out / "t5").fingerprint
     for name in NAMES:
-        (out / name).mkdir()
-        metadata = {"seed": 0, "index": 0, "t5": None, "t5_fingerprint": mark}
-        train.save_checkpoint(out / name, train.init_state(small(name), 0), small(name), metadata)
+        leave_run(out, small(name))
     return out
 
 

@@ -2623,7 +2623,7 @@ def test_the_table_lays_out_parameters_and_state():
     assert block(state.opt[0].mu) == block(state.opt[0].nu) == rest
 
 
-def test_what_does_not_divide_is_an_error_that_names_it():
+def test_what_does_not_divide_is_an_error_that_names_it(monkeypatch):
     """Of parameters and activations. Averages and moments (column 1) stay whole there."""
     mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
     uneven = replace(SHARDED["waveform_cascader"], attention_heads=3)  # 3 heads of 5
@@ -2645,6 +2645,9 @@ def test_what_does_not_divide_is_an_error_that_names_it():
     assert parts == [1, 1, 2, 3]  # 1, 8, 16, 24 clips a device, 8 of them at once
     args = train.parse_args(["waveform_generator", "--data", "x", "--out", "x"])
     assert [train.mesh_and_parts(args, 64, before)[1] for before in (None, 16)] == [8, 16]
+    monkeypatch.setattr(n2m, "make_mesh", lambda _: mesh)
+    with pytest.raises(ValueError, match="batch of 6 .* 4 groups of devices; choose --batch-size"):
+        train.mesh_and_parts(args, 6)
 
 
 def test_the_rows_of_all_processes_are_the_batch(monkeypatch):
@@ -2691,14 +2694,6 @@ def test_two_processes_train_as_one_and_resume_on_another_number(tmp_path, data)
     by_step = dict(zip(logged("two", "step"), logged("two", "loss")))
     for step, loss in zip(logged("one", "step"), logged("one", "loss")):
         assert step > saved + 1 or abs(by_step[step] - loss) < 1e-3 * loss
-
-
-def test_a_batch_that_does_not_divide_among_devices_is_refused_in_one_line(tmp_path, data):
-    run = start("spectrogram_vocoder --batch-size 6", "--data", data, "--out", tmp_path,
-                env=devices(4))
-    assert run.wait(100) == 2
-    err = run.stderr.read()
-    assert "--batch-size" in err and err.count("\n") == 1
 
 
 # ---- noise2music.py: pseudo-labels and metrics, Secs. 3.5 and 4.3.2 ----

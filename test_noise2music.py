@@ -550,13 +550,16 @@ def test_a_tpu_is_given_clips_in_pieces(monkeypatch):
         assert n2m.pieces_of(cfg, rows, 256 * frames) == pieces, (rows, frames)
 
     cfg, plain, seen = UNETS["aligned"], n2m.unet.__wrapped__, []
-    params, x_t, t, c, text_on = unet_case(cfg, t=144)
+    case = unet_case(cfg, t=144)
 
     def spy(params, cfg, x_t, t, condition, text_on):
         seen.append((x_t.shape, condition.aligned.shape))
         return plain(params, cfg, x_t, t, condition, text_on)
 
-    run = lambda: n2m.on_a_tpu_in_pieces(spy)(params, cfg, x_t, t, c, text_on)
+    def run():  # traced anew
+        entered = lambda params, *inputs: n2m.on_a_tpu_in_pieces(spy)(params, cfg, *inputs)
+        return jax.jit(entered)(*case)
+
     whole = run()
     for n, kind in ((3, "TPU v4"), (1, "TPU v5p"), (3, "NVIDIA H100")):  # 1 and 3 rows a device
         device = namedtuple("Device", "device_kind num_cores platform")(kind, 1, "any")

@@ -666,8 +666,7 @@ def test_attend_is_that_of_jax_nn(H, T, L):
     heads_last = lambda *arrays: [a.swapaxes(1, 2) for a in arrays]
     plain = lambda q, k, v, mask: jax.nn.dot_product_attention(
         *heads_last(q, k, v), mask=mask[:, None, None]).swapaxes(1, 2)
-    for allowed in (mask, mask | True):
-        close(n2m.attend(q, k, v, allowed), plain(q, k, v, allowed), atol=1e-5)
+    close(n2m.attend(q, k, v, mask), plain(q, k, v, mask), atol=1e-5)
     close(n2m.attend(q, k, v), plain(q, k, v, mask | True), atol=1e-5)
     of = lambda f: jax.grad(lambda *qkv: jnp.sum(f(*qkv, mask) ** 2), argnums=(0, 1, 2))(q, k, v)
     for ours, theirs in zip(of(n2m.attend), of(plain)):

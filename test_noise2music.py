@@ -1659,9 +1659,9 @@ def small(name, **training):
     """A model on the code path of all the others, small enough to compile and train in a test."""
     model = tiny(n2m.MODELS[name])
     text = n2m.uses_text(model)
-    unet = replace(model.unet, base_dimension=8, depth=1, strides=(math.prod(TWO_STRIDES[name]),),
-                   channels=(2,), blocks=(1,), self_attention=(text,), cross_attention=(text,),
-                   attention_heads=2 * text, head_width=4)
+    unet = replace(model.unet, base_dimension=8, depth=2, strides=TWO_STRIDES[name],
+                   channels=(1, 2), blocks=(1, 1), self_attention=(False, text),
+                   cross_attention=(False, text), attention_heads=2 * text, head_width=4)
     return replace(model, unet=unet, inference=replace(model.inference, steps=3),
                    training=replace(model.training, **dict(seconds=0.32) | training))
 
@@ -1974,14 +1974,14 @@ def test_a_noise_schedule_and_a_sixth_model_are_entries_of_tables(tmp_path, data
     """Two steps of the model, under the schedule, and a clip of the route that it is alone in."""
     monkeypatch.setitem(n2m.SCHEDULES, "straight", lambda t, xp=jnp: 10 - 20 * t)
     like = small("waveform_generator", seconds=0.4)
-    sixth = replace(like, name="sixth", unet=replace(like.unet, strides=(15,)), rate=2_000,
+    sixth = replace(like, name="sixth", unet=replace(like.unet, strides=(3, 5)), rate=2_000,
                     audio_rate=2_000, inference=n2m.InferenceConfig("uniform", 1.0, 3.0, steps=4))
     monkeypatch.setitem(n2m.MODELS, "sixth", sixth)
     monkeypatch.setitem(n2m.ROUTES, "short", ("sixth",))
     argv = ["sixth", "--data", data, "--out", tmp_path]
     run_train(*argv, "--steps", 2, "--batch-size", 2, "--noise-schedule", "straight")
     model, params, _ = train.load_model(tmp_path, "sixth")
-    assert (model.unet.strides, model.training.noise_schedule) == ((15,), "straight")
+    assert (model.unet.strides, model.training.noise_schedule) == ((3, 5), "straight")
     encode = partial(sample.encode, t5_encoder.load_text_encoder(tmp_path / "t5"))
     audio = n2m.generate(["a tone"], {"sixth": (model, params)}, encode, "short", 0.5)["sixth"]
     assert audio.shape == (1, 1_000) and np.isfinite(audio).all() and audio.std() > 0

@@ -1300,8 +1300,7 @@ def fad_infinity(x, reference: Gaussian, seed: int = 0, sizes: int = 15) -> floa
 # ---- `python noise2music.py`: a slide for each model ----
 
 def describe(model: Model, seconds: float = 30.0) -> str:
-    """A model in a few lines: Tables 2 and 3, and the tensor at every depth of its U-Net. A depth's
-    blocks are there twice; those of the way up have the length and the width of the row above."""
+    """A model in a few lines: Tables 2 and 3, and the tensor at every depth of its U-Net."""
     cfg, spec, i = model.unet, unet_spec(model.unet), model.inference
     length = padded_length(cfg, round(seconds * model.rate))
     steps = i.steps or len(step_schedules(model)[i.step_schedule])

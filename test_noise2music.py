@@ -1666,12 +1666,12 @@ def small(name, **training):
                    training=replace(model.training, **dict(seconds=0.32) | training))
 
 
-def leave_run(out, model, averages=None, **metadata):
+def leave_run(out, model, averages=None):
     """What train.py leaves of a run of no steps, with a random T5. Returns its checkpoint."""
     if not (out / "t5").exists():
         save_t5(out / "t5", random_t5(["slow piano", "fast drums and bass"], 0))
     mark = t5_encoder.load_text_encoder(out / "t5").fingerprint
-    metadata = {"seed": 0, "index": 0, "t5": None, "t5_fingerprint": mark} | metadata
+    metadata = {"seed": 0, "index": 0, "t5": None, "t5_fingerprint": mark}
     state = train.init_state(model, 0)
     state = state._replace(ema=averages or state.ema)
     (out / model.name).mkdir()

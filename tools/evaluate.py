@@ -277,14 +277,14 @@ def sweep(args):
     if args.prompts:
         given = [entry["prompt"] for entry in read_prompts(args.prompts)[: args.limit]]
         truth = truth._replace(texts=given)
-    check(truth.texts,
+    prompts, shape = truth.texts, (len(truth.embeddings), truth.embeddings.shape[-1])
+    check(prompts,
           f"{args.reference}: not every clip has a caption; give the prompts with --prompts")
-    n, prompts = len(truth.embeddings), truth.texts
     check(len(prompts) > 1, "a sweep compares clips; give two prompts or more")
-    check(len(prompts) == n, f"{args.prompts or args.reference}: {len(prompts)} prompts of the {n} "
+    check(len(prompts) == shape[0], f"{args.prompts}: {len(prompts)} prompts of the {shape[0]} "
           f"clips of {args.reference}; give one of each")
     if args.text_embedder:  # an error comes now
-        text_embeddings(args.text_embedder, prompts, (n, truth.embeddings.shape[-1]))
+        text_embeddings(args.text_embedder, prompts, shape)
     mesh = serving_mesh(1, 1)
     weights, encoder, _, identity = load_weights(args, stages_of(args.route, False), mesh)
     c = next(iter(weights.values()))[0].training

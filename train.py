@@ -381,21 +381,23 @@ def update(state: State, model: n2m.Model, grads):
     return state, optax.tree.norm(grads)
 
 
+average = jax.jit(optax.incremental_update, donate_argnums=1)  # (1 - s) old + s new
+
+
 def train_step(state: State, model: n2m.Model, seed: int, batch, accumulate: int = 1, mesh=None):
     """One step on a batch in `accumulate` equal parts. Returns state, losses (B,), t (B,), norm.
 
     Where a mesh is set, it is given too, and the batch is the `process_rows` of this process."""
-    key, total, logged = jax.random.fold_in(jax.random.key(seed), state.step), None, []
+    key, mean, logged = jax.random.fold_in(jax.random.key(seed), state.step), None, []
     for k in range(accumulate):  # on a CPU, gradients are 50 times slower inside lax.scan
         part = jax.tree.map(lambda a: np.split(a, accumulate)[k], batch)
         if mesh:
             rows = NamedSharding(mesh, PartitionSpec("data"))
             part = jax.tree.map(partial(jax.make_array_from_process_local_data, rows), part)
         grads, aux = gradients(state.params, model, jax.random.fold_in(key, k), part)
-        total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+        mean = average(grads, mean, 1 / (k + 1)) if k else grads
         logged.append(aux)
-    grads = jax.tree.map(lambda g: g / accumulate, total) if accumulate > 1 else total
-    state, norm = update(state, model, grads)
+    state, norm = update(state, model, mean)
     return state, *map(jnp.concatenate, zip(*logged)), norm
 
 

@@ -1807,9 +1807,11 @@ def test_what_a_checkpoint_refuses(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, state.ema)
     write = partial(train.write_checkpoint, path, {"ema/entry/w": np.zeros(3)})
     foreign = replace(model, training=replace(model.training, noise_schedule="mine"))
+    slow = replace(model, inference=replace(model.inference, step_schedule="slow"))
     for written, meta, words in [(model, {"seed": 0}, "not a checkpoint"),
                                  (model, metadata, "lacks ema/"),
-                                 (foreign, metadata, r"needs SCHEDULES\['mine'\]")]:
+                                 (foreign, metadata, r"needs SCHEDULES\['mine'\]"),
+                                 (slow, metadata, r"needs TABLE_8\['super\w+'\]\['slow'\]")]:
         write(written, meta)
         with pytest.raises(ValueError, match=words):
             train.load_model(tmp_path, model.name)

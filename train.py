@@ -527,11 +527,13 @@ def load_checkpoint(path: Path, name: str, keep=lambda tensor: True):
         raise ValueError(f"{path}: not a checkpoint of this project; move it away") from None
     check(model.name == name,
           f"{path}: a checkpoint of {model.name}, not of {name}; move it to its own folder")
-    for entry, table in ((model.training.noise_schedule, "SCHEDULES"),
-                         (model.training.loss_weight, "LOSS_WEIGHTS"),
-                         (model.inference.sampler, "SAMPLERS")):
-        check(entry in getattr(n2m, table), f"{path}: needs {table}[{entry!r}], which is not here; "
-              "load it where it was made")
+    for table, entries, entry in [
+            ("SCHEDULES", n2m.SCHEDULES, model.training.noise_schedule),
+            ("LOSS_WEIGHTS", n2m.LOSS_WEIGHTS, model.training.loss_weight),
+            ("SAMPLERS", n2m.SAMPLERS, model.inference.sampler),
+            (f"TABLE_8[{name!r}]", n2m.step_schedules(model), model.inference.step_schedule)]:
+        check(entry in entries, f"{path}: needs {table}[{entry!r}], which is not here; load it "
+              "where it was made")
     return model, tensors, metadata
 
 

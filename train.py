@@ -381,7 +381,7 @@ def update(state: State, model: n2m.Model, grads):
     return state, optax.tree.norm(grads)
 
 
-average = jax.jit(optax.incremental_update, donate_argnums=1)  # (1 - s) old + s new
+average = jax.jit(optax.incremental_update, donate_argnums=1)  # (new, old, s): s new + (1 - s) old
 
 
 def train_step(state: State, model: n2m.Model, seed: int, batch, accumulate: int = 1, mesh=None):

@@ -388,7 +388,7 @@ def train_step(state: State, model: n2m.Model, seed: int, batch, accumulate: int
     """One step on a batch in `accumulate` equal parts. Returns state, losses (B,), t (B,), norm.
 
     Where a mesh is set, it is given too, and the batch is the `process_rows` of this process."""
-    key, mean, logged = jax.random.fold_in(jax.random.key(seed), state.step), None, []
+    key, logged = jax.random.fold_in(jax.random.key(seed), state.step), []
     for k in range(accumulate):  # on a CPU, gradients are 50 times slower inside lax.scan
         part = jax.tree.map(lambda a: np.split(a, accumulate)[k], batch)
         if mesh:

@@ -92,7 +92,7 @@ class TrainingConfig:
 @dataclass(frozen=True)
 class InferenceConfig:
     """A row of Table 3; below `# ---`, what is the same for all five."""
-    step_schedule: str  # a key of TABLE_8[model]
+    step_schedule: str  # a key of TABLE_8[model], or of STEP_SCHEDULES
     gamma: float
     cfg_scale: float | None
     # ---
@@ -193,6 +193,8 @@ TABLE_8 = {  # sizes of the time steps, from t = 0 to t = 1
         front_heavy=[0.05 / 400] * 400 + [0.15 / 200] * 200 + [0.3 / 150] * 150 + [0.5 / 50] * 50),
 }
 
+STEP_SCHEDULES = {"uniform": [1.0 / 1000] * 1000}  # beside Table 8, for any model
+
 SEC_3_3 = {                     # x per second  Hz of training audio  Hz of the low-fidelity audio
     # departs: Sec. 3.6 samples this model's audio at 16 kHz; here it is read at 3.2 kHz directly.
     "waveform_generator":       (3_200,         3_200,                None),
@@ -227,8 +229,8 @@ def writes_log_mel(model: Model) -> bool:
 
 
 def step_schedules(model: Model) -> dict:
-    """{name: step sizes} of Table 8; a model that it does not list takes even steps."""
-    return TABLE_8.get(model.name, {"uniform": [1.0 / 1000] * 1000})
+    """{name: step sizes} of Table 8, and those that any model can take."""
+    return STEP_SCHEDULES | TABLE_8.get(model.name, {})
 
 
 # ---- Forward process and noise schedules (Appendix A) ----
@@ -1197,6 +1199,7 @@ def without_hum(x, rate: int, hz: float):
 
 
 SCHEDULES["cosine_quiet"] = cosine_quiet
+STEP_SCHEDULES["quadratic"] = np.diff(np.linspace(0, 1, 1001) ** 2)  # t_n = (n / N)^2
 SAMPLERS["renoise"] = renoise_updates
 # In loud noise an error in x0_hat that is larger than x is next to nothing in eps. This is
 # w_t = 1 / alpha_t^2, up to 149: Eq. 1 is then the loss in v of Salimans & Ho (2022).
@@ -1208,7 +1211,7 @@ TINY = dict(              # base kernel strides     channels       blocks       
     waveform_cascader=        (32, 7, (4,4,4,4,4),   (1,2,3,3,2),   (1,1,1,1,1),   0.05, 12, 1000),
     spectrogram_generator=    (96, 5, (2,4,3,2,2),   (2,3,2,1,1),   (2,1,1,1,0),   0.0,  64, None),
     spectrogram_vocoder=      (32, 5, (5,4,4,2),     (2,4,7,8),     (1,2,2,2),     0.06, 24,  800),
-    superresolution_cascader= (32, 7, (4,4,4,4),     (1,1,2,2),     (1,1,1,1),     0.02,  8, None),
+    superresolution_cascader= (32, 7, (4,4,4,4),     (1,1,2,2),     (1,1,1,1),     0.02, 12, None),
 )
 # fmt: on
 
@@ -1237,9 +1240,10 @@ def tiny(model: Model) -> Model:
         # A model without text must learn to find tones in loud noise. The quiet schedules have
         # little of it, so it weighs more.
         loss_weight=model.training.loss_weight if uses_text(model) else "velocity")
-    # Half the guidance and no extra noise suit a small model; and even steps, where Table 8 has
-    # them: 64 back-heavy steps leave four for t < 1/3, where detail is made.
-    schedule = "uniform" if "uniform" in step_schedules(model) else model.inference.step_schedule
+    # Half the guidance and no extra noise suit a small model. So do even steps: 64 back-heavy ones
+    # leave four for t < 1/3, where detail is made. Super-resolution, to which two thirds of x are
+    # known from the start, takes larger steps at first and smaller ones at last.
+    schedule = "quadratic" if model.rate > MEL_RATE else "uniform"
     cfg_scale = model.inference.cfg_scale and model.inference.cfg_scale / 2
     sampler = "ddpm" if uses_text(model) else "renoise"
     keep_input = model.low_rate is not None

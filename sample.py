@@ -42,8 +42,8 @@ LENGTH = number(float, 0.1, MAX_SECONDS)
 LENGTHS = 4  # whose programs are kept at once
 OVERRIDES = {  # fields of InferenceConfig (Table 3) that have an option each
     "steps": ("--steps", number(int, 1, 100_000), "N", "denoising steps (Table 8 resampled)"),
-    "step_schedule": ("--schedule", str, "NAME", "a list of Table 8: front_heavy, "
-                      "back_heavy, uniform, back_heavy_eval; not all models have all"),
+    "step_schedule": ("--schedule", str, "NAME", "uniform, quadratic (t = n^2 / N^2) or, where a "
+                      "model has it in Table 8, front_heavy, back_heavy, back_heavy_eval"),
     "cfg_scale": ("--cfg-scale", number(float, 0, 1000), "W", "guidance; 1 is none"),
     "gamma": ("--gamma", number(float, 0, 1), "G", "stochasticity of Eq. 4; selects sampler ddpm"),
 }
@@ -61,7 +61,7 @@ def override(model: n2m.Model, bf16: bool, changes: dict) -> n2m.Model:
     """The model with other inference parameters (Table 3), but for those it has no use for."""
     name, names = changes.get("step_schedule"), n2m.step_schedules(model)
     check(name is None or name in names,
-          f"--schedule: {model.name} has {', '.join(names)} (Table 8), not {name!r}")
+          f"--schedule: {model.name} has {', '.join(names)}, not {name!r}")
     if not n2m.uses_text(model):
         changes = {k: v for k, v in changes.items() if k != "cfg_scale"}
     if "gamma" in changes:

@@ -179,8 +179,9 @@ def test_table_8_and_the_times_that_it_gives(name):
         expected["uniform"] = [1 / UNIFORM[name]] * UNIFORM[name]
     if name == "spectrogram_generator":
         expected["back_heavy_eval"] = spread([(0.3, 50), (0.3, 150), (0.2, 300), (0.2, 500)])
-    schedules = n2m.step_schedules(n2m.MODELS[name])
+    schedules = n2m.TABLE_8[name]
     assert schedules.keys() == expected.keys()
+    assert n2m.step_schedules(n2m.MODELS[name]) == n2m.STEP_SCHEDULES | schedules
     for key, deltas in expected.items():
         close(schedules[key], deltas, rtol=1e-12)
         N, times = len(deltas), n2m.denoising_times(deltas)
@@ -194,6 +195,10 @@ def test_table_8_and_the_times_that_it_gives(name):
             assert (np.diff(curve) > 0).all()
             if steps > 7:  # half of the steps reach the same time
                 close(curve[steps // 2], times[N // 2], rtol=1e-9)
+    for key, power in ("uniform", 1), ("quadratic", 2):
+        for steps in (8, 12):
+            curve = n2m.denoising_times(n2m.STEP_SCHEDULES[key], steps)
+            close(curve, np.linspace(0, 1, steps + 1) ** power, atol=1e-6)
 
 
 # ---- noise2music.py: schedules, Eqs. 2 to 6 ----
@@ -1811,7 +1816,7 @@ def test_what_a_checkpoint_refuses(tmp_path):
     for written, meta, words in [(model, {"seed": 0}, "not a checkpoint"),
                                  (model, metadata, "lacks ema/"),
                                  (foreign, metadata, r"needs SCHEDULES\['mine'\]"),
-                                 (slow, metadata, r"needs TABLE_8\['super\w+'\]\['slow'\]")]:
+                                 (slow, metadata, r"needs STEP_SCHEDULES\['slow'\]")]:
         write(written, meta)
         with pytest.raises(ValueError, match=words):
             train.load_model(tmp_path, model.name)
@@ -1854,7 +1859,7 @@ REFUSALS = [  # script, command line, words of the line in which it refuses it w
         ("--num -1", "--num"), ("--steps 0", "--steps"), ("--steps 1,2", "--steps"),
         ("--cfg-scale -1", "--cfg-scale"), ("--gamma 1.5", "--gamma"), ("--seed 1e3", "--seed"),
         ("--seed 4294967303", "--seed"),
-        ("--route sideways", "'spectrogram'"), ("--schedule sideways", "Table 8"),
+        ("--route sideways", "'spectrogram'"), ("--schedule sideways", "has uniform, quadratic, "),
         ("--model-parallel 99", "is more than the"), ("--t5 {tmp}/t5", "not the T5 encoder")]),
     *((sample, f"--models {{runs}} {argv}", words) for argv, words in [
         ("", "give a prompt"), ("'  ' -o {tmp}/out/x.wav", "the prompt is empty"),

@@ -531,7 +531,7 @@ def load_checkpoint(path: Path, name: str, keep=lambda tensor: True):
             ("SCHEDULES", n2m.SCHEDULES, model.training.noise_schedule),
             ("LOSS_WEIGHTS", n2m.LOSS_WEIGHTS, model.training.loss_weight),
             ("SAMPLERS", n2m.SAMPLERS, model.inference.sampler),
-            (f"TABLE_8[{name!r}]", n2m.step_schedules(model), model.inference.step_schedule)]:
+            ("STEP_SCHEDULES", n2m.step_schedules(model), model.inference.step_schedule)]:
         check(entry in entries, f"{path}: needs {table}[{entry!r}], which is not here; load it "
               "where it was made")
     return model, tensors, metadata

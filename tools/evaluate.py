@@ -257,8 +257,8 @@ def sweep_points(weights) -> list:
     """
     points = [(None, {})]
     for name, (model, _) in weights.items():
-        schedules, inference = n2m.step_schedules(model), model.inference
-        N = inference.steps or len(schedules[inference.step_schedule])
+        inference, schedules = model.inference, n2m.TABLE_8.get(name, n2m.STEP_SCHEDULES)
+        N = inference.steps or len(n2m.step_schedules(model)[inference.step_schedule])
         if n2m.uses_text(model):
             points += [(name, {"cfg_scale": w}) for w in (1.0, 2.0, 5.0, 10.0, 15.0)]  # Fig. 2
         points += [(name, {"step_schedule": key, "steps": N}) for key in schedules]  # Fig. 2

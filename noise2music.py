@@ -1199,7 +1199,7 @@ def without_hum(x, rate: int, hz: float):
 
 
 SCHEDULES["cosine_quiet"] = cosine_quiet
-STEP_SCHEDULES["quadratic"] = np.diff(np.linspace(0, 1, 1001) ** 2)  # t_n = (n / N)^2
+STEP_SCHEDULES["quadratic"] = np.diff(np.linspace(0, 1, 1001) ** 2).tolist()  # t_n = (n / N)^2
 SAMPLERS["renoise"] = renoise_updates
 # In loud noise an error in x0_hat that is larger than x is next to nothing in eps. This is
 # w_t = 1 / alpha_t^2, up to 149: Eq. 1 is then the loss in v of Salimans & Ho (2022).

@@ -195,10 +195,13 @@ def test_table_8_and_the_times_that_it_gives(name):
             assert (np.diff(curve) > 0).all()
             if steps > 7:  # half of the steps reach the same time
                 close(curve[steps // 2], times[N // 2], rtol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [8, 12])
+def test_the_step_schedules_of_any_model(steps):
     for key, power in ("uniform", 1), ("quadratic", 2):
-        for steps in (8, 12):
-            curve = n2m.denoising_times(n2m.STEP_SCHEDULES[key], steps)
-            close(curve, np.linspace(0, 1, steps + 1) ** power, atol=1e-6)
+        curve = n2m.denoising_times(n2m.STEP_SCHEDULES[key], steps)
+        close(curve, np.linspace(0, 1, steps + 1) ** power, atol=1e-6)
 
 
 # ---- noise2music.py: schedules, Eqs. 2 to 6 ----

@@ -1181,8 +1181,7 @@ def test_tokens_are_counted_and_cut(t5, without_bytes):
 def test_text_encoder_is_all_that_others_know(t5, t5_folder):
     text = t5_encoder.load_text_encoder(t5_folder)
     assert text.width == 64 and text.count_tokens("jazz bass") == count_tokens(t5, "jazz bass") > 0
-    for ours, theirs in zip(text.encode(CAPTIONS, 64), encode(t5, CAPTIONS, 64)):
-        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_equal(text.encode(CAPTIONS, 64), encode(t5, CAPTIONS, 64))
     others = [t5, random_t5(CAPTIONS, 1), random_t5([], 0),
               t5._replace(params=t5.params | {"final_norm": 2 * t5.params["final_norm"]})]
     marks = [t5_encoder.fingerprint(other) for other in others]
@@ -1319,11 +1318,7 @@ def some_tensors():
         "strided": np.arange(12.0).reshape(3, 4).T[::2]}
 
 
-def same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape
-        np.testing.assert_array_equal(a[name], np.asarray(b[name]))
+same = partial(jax.tree.map, partial(np.testing.assert_array_equal, strict=True))  # types too
 
 
 def test_safetensors_round_trip(tmp_path):
@@ -1539,9 +1534,7 @@ def test_examples_are_a_pure_function_of_seed_and_index(tmp_path):
     loader = train.batches(maker(clips, seed=5), [0, 2], 3, 6)
     again = next(loader) + next(loader)
     loader.close()
-    for a, b in zip((first[i] for i in (6, 8, 9, 11)), again, strict=True):
-        np.testing.assert_array_equal(a.audio, b.audio)
-        assert a.text == b.text
+    np.testing.assert_equal(again, [first[i] for i in (6, 8, 9, 11)])
     texts = [e.text for e in first]
     assert sorted(texts[:7]) == sorted(texts[7:]) == list("1234567") and texts[:7] != texts[7:]
     assert [maker(clips, seed=6)(i).text for i in range(7)] != texts[:7]
@@ -1766,10 +1759,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, data, smal
         assert words in exits(capfd, train.main, *common, "--resume", *argv)
     assert "--resume" in exits(capfd, train.main, *common)
     assert [path.name[11:19] for path in train.checkpoints(parts)] == ["00000002", "00000005"]
-    a, b = last_tensors(whole), last_tensors(parts)
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    np.testing.assert_equal(last_tensors(parts), last_tensors(whole))
     assert [e["step"] for e in log_of(parts)] == [1, 2, 3, 4, 5]
     assert [e["loss"] for e in log_of(parts)] == [e["loss"] for e in log_of(whole)]
 
@@ -2332,8 +2322,7 @@ def test_a_blink_of_the_system_costs_nothing(tmp_path, small_models, capfd, monk
     (tmp_path / "away").rename(folder), gone.clear()
     run("gone", "--resume", "--steps", 9)
     for out in ("blink", "gone"):
-        for name, array in last("whole").items():
-            np.testing.assert_array_equal(last(out)[name], array, err_msg=name)
+        np.testing.assert_equal(last(out), last("whole"))
 
 
 def test_one_run_folder_has_one_trainer(tmp_path, data, small_models, capfd, monkeypatch):

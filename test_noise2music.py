@@ -1951,21 +1951,6 @@ def start(options, *more, env=None, tiny="lambda model: test.small(model.name)")
                             stderr=subprocess.PIPE)
 
 
-def wait_for(words, run):
-    while words not in run.stdout.readline():
-        assert run.poll() is None, run.stderr.read()
-
-
-def test_sigterm_saves_first(tmp_path, data):
-    with start("superresolution_cascader --log-every 1 --batch-size 2", "--data", data, "--out",
-               tmp_path) as run:
-        wait_for("step 3/", run)
-        run.terminate()
-        _, err = run.communicate(timeout=60)
-    assert run.returncode == 128 + signal.SIGTERM and "--resume" in err and "Traceback" not in err
-    assert len(train.checkpoints(tmp_path / "superresolution_cascader")) == 1
-
-
 # ---- what a fork does, from outside the modules ----
 
 
@@ -2370,8 +2355,8 @@ def signals():
         signal.signal(number, handler)
 
 
-def test_a_full_disk_and_a_closed_stdout_stop_a_run_saved(tmp_path, data, small_models, capfd,
-                                                          monkeypatch, signals):
+def test_a_full_disk_a_closed_stdout_and_a_signal_stop_a_run_saved(
+        tmp_path, data, small_models, capfd, monkeypatch, signals):
     name = "superresolution_cascader"
     common = [name, "--tiny", "--data", data, "--batch-size", 2, "--log-every", 1, "--out"]
     (tmp_path / "full" / name).mkdir(parents=True)
@@ -2393,10 +2378,12 @@ def test_a_full_disk_and_a_closed_stdout_stop_a_run_saved(tmp_path, data, small_
     err = exits(capfd, train.main, *common, tmp_path / "pipe", status=141)
     assert "stdout: Broken pipe; stopped at step 1. Good: " in err and err.count("\n") == 1
 
-    once = iter([signal.SIGHUP])
-    monkeypatch.setattr(train, "report", lambda *_: [os.kill(os.getpid(), n) for n in once])
-    err = exits(capfd, train.main, *common, tmp_path / "hup", status=129)
-    assert "stopped at step 2, saved as" in err and err.count("\n") == 1
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        once = iter([number])
+        monkeypatch.setattr(train, "report", lambda *_: [os.kill(os.getpid(), n) for n in once])
+        err = exits(capfd, train.main, *common, tmp_path / str(number), status=128 + number)
+        assert "stopped at step 2, saved as" in err and err.count("\n") == 1
+        assert len(train.checkpoints(tmp_path / str(number) / name)) == 1 and "--resume" in err
 
 
 def test_what_is_not_finite_is_not_saved_where_files_are_gone(tmp_path, data, small_models, capfd,
@@ -2685,7 +2672,8 @@ def test_two_processes_train_as_one_and_resume_on_another_number(tmp_path, data)
     close(logged("two", "grad_norm"), logged("one", "grad_norm")[:3], rtol=1e-3)
 
     two = pair("--steps", 100_000, "--resume")
-    wait_for("step 5/", two[0])
+    while "step 5/" not in two[0].stdout.readline():
+        assert two[0].poll() is None, two[0].stderr.read()
     two[1].kill()
     assert two[0].wait(60) != 0 and "another" in two[0].stderr.read()
 

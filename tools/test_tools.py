@@ -616,7 +616,7 @@ def test_evaluate_reads_folders_and_what_the_samples_were_sampled_from(toy, capf
     close([*rows["generated audio"].values()], [cosines(0, 100), cosines(20, 30)], rtol=1e-6)
     statistics = "--audio-embedder", "noise2music:log_mel_statistics"
     result, err = evaluated(capfd, "out", "out", *statistics)
-    assert 0 <= result["fad"] < 1e-6 and (result["n"], result["width"]) == (20, 160)
+    assert 0 <= result["fad"] < 1e-9 and (result["n"], result["width"]) == (20, 160)
     assert "fewer than their width" in err
     assert evaluated(capfd, "out", "music", *statistics)[0]["fad"] > 0.1
 

@@ -1533,7 +1533,7 @@ def test_examples_are_a_pure_function_of_seed_and_index(tmp_path):
     loader.close()
     np.testing.assert_equal(again, [first[i] for i in (6, 8, 9, 11)])
     assert [maker(clips, seed=6)(i).text for i in range(7)] != [e.text for e in first[:7]]
-    assert any((maker(clips, seed=s)(0).audio[:99] != first[0].audio[:99]).any() for s in (6, 7))
+    assert len({float(maker(clips[:1], seed=s)(0).audio[0]) for s in range(5)}) > 1  # its start
 
 
 def test_folders_are_mixed_by_their_clips_or_by_weight(tmp_path, capfd, monkeypatch):

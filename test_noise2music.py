@@ -904,19 +904,12 @@ def test_velocity_weight_is_the_loss_in_v_up_to_its_bound():
 
 # ---- noise2music.py: both routes ----
 
-TWO_STRIDES = dict(zip(NAMES, [(4, 8), (4, 4), (2, 3), (16, 10), (4, 4)]))
-
-
 @functools.cache
 def small_weights():
     """All five models, two depths each, random parameters, three steps."""
     weights = {}
-    on = dict(self_attention=(False, True), cross_attention=(False, True))
-    for seed, (name, model) in enumerate((name, n2m.MODELS[name]) for name in NAMES):
-        fields = ("in_channels", "out_channels", "aligned_channels")
-        fields = {field: getattr(model.unet, field) for field in fields}
-        text = on if n2m.uses_text(model) else NO_TEXT
-        unet = small_unet(strides=TWO_STRIDES[name], blocks=(1, 1), **text, **fields)
+    for seed, name in enumerate(NAMES):
+        model, unet = n2m.MODELS[name], replace(small(name).unet, text_width=7)
         model = replace(model, unet=unet, inference=replace(model.inference, steps=3))
         weights[name] = model, random_params(unet, seed)
     return weights
@@ -1645,6 +1638,7 @@ def test_txt_captions(tmp_path, capfd):
 # ---- train.py: optimiser, checkpoints, the run ----
 
 tiny = n2m.tiny  # before a test replaces it
+TWO_STRIDES = dict(zip(NAMES, [(4, 8), (4, 4), (2, 3), (16, 10), (4, 4)]))
 
 
 def small(name, **training):

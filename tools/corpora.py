@@ -79,10 +79,13 @@ def read_json_lines(path: Path, texts: tuple[str, ...] = ()) -> list[dict]:
     return entries
 
 
-def write_lines(path: Path, lines):
-    check(not path.exists(), f"{path}: there already; move it away")
-    with whole_file(path) as file:
-        file.writelines(f"{line}\n".encode() for line in lines)
+def write_lines(files: dict):
+    """{path: lines}: none is written if one is there."""
+    for path in files:
+        check(not path.exists(), f"{path}: there already; move it away")
+    for path, lines in files.items():
+        with whole_file(path) as file:
+            file.writelines(f"{line}\n".encode() for line in lines)
 
 
 # ---- Sentences ----
@@ -206,8 +209,7 @@ VOCABULARIES = {"raters": raters, "songs": songs, "answers": answers}
 
 def vocabulary(args):
     made, said = VOCABULARIES[args.of](*args.files)
-    for name, lines in made.items():
-        write_lines(args.out / name, lines)
+    write_lines({args.out / name: lines for name, lines in made.items()})
     print(f"{' and '.join(str(args.out / name) for name in made)}: {said}")
 
 
@@ -295,7 +297,7 @@ def audioset(args):
                 if audio := clip_file(files, *segment[:3]):
                     lines.append(json.dumps({"audio": str(audio), "labels": labels}))
     check(lines, f"{args.folder}: holds none of the {sizes.total()} clips with music")
-    write_lines(args.folder / "metadata.jsonl", lines)
+    write_lines({args.folder / "metadata.jsonl": lines})
     listed = ", ".join(f"{n:,} for {part} (MuLaMCap: {MULAMCAP[part]:,})"
                        for part, n in sizes.items())
     print(f"{args.folder / 'metadata.jsonl'}: {len(lines):,} clips, of the music that is listed: "
@@ -360,7 +362,7 @@ def prompts(args):
         found = [{"prompt": entry.get("long") or ", ".join(entry["tags"]),
                   "seconds": which.seconds} for entry, _ in entries]
     check(found, f"{args.clips or args.file}: holds none of the {len(entries)} clips")
-    write_lines(out, map(json.dumps, found))
+    write_lines({out: map(json.dumps, found)})
     print(f"{out}: {len(found):,} of {len(entries):,} prompts of {which.name} ({which.size} in the "
           f"paper); sample.py takes --seconds {which.seconds}, evaluate.py --excerpt "
           f"{which.excerpt}")

@@ -50,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import corpora
 import noise2music as n2m
-from label import WINDOWS, embed_audio, embed_texts, load_embedder, load_embeddings, progress
+from label import WINDOWS, crc, embed_audio, embed_texts, load_embedder, load_embeddings, progress
 from sample import (LENGTH, MAX_SEED, OVERRIDES, SECONDS, Job, add_model_options, caption_of,
                     check_writable, clean_prompt, clip_name, finished, load_weights, read_prompts,
                     run_job, serving_mesh, stages_of)
@@ -90,8 +90,9 @@ def excerpt(track, seconds: float) -> tuple[np.ndarray, bool]:
         clip = Clip(track, 0.0, duration_of(track.path))
         clip = clip if track.start is None else track_clips(track)[0]
         start = clip.start + max(0.0, (clip.seconds - seconds) / 2)
-        audio = load_audio(track.path, start, seconds, n2m.MEL_RATE)
-        return audio, clip.seconds < seconds
+        audio = load_audio(track.path, start, min(seconds, clip.seconds), n2m.MEL_RATE)
+        rest = round(seconds * n2m.MEL_RATE) - len(audio)
+        return np.pad(audio, (0, rest)), clip.seconds < seconds
     except ValueError as error:
         raise ValueError(f"{track.path}: {reason(error, track.path)}; remove it, and what it is "
                          "paired with") from None
@@ -139,9 +140,9 @@ def scores(generated: EvaluationSet, truth: EvaluationSet, text_embedder, seed: 
               "n_reference": len(y), "width": x.shape[1]}
     if len(x) >= 8:
         result["fad_infinity"] = n2m.fad_infinity(x, reference, seed)
-    if len(generated.embeddings) != len(truth.embeddings):
+    if not 1 < len(generated.embeddings) == len(truth.embeddings):
         warn(f"{len(generated.embeddings)} generated and {len(truth.embeddings)} reference clips "
-             "are no pairs: no similarity")
+             "are no pairs, or but one: no similarity")
         return result
     by_clip = lambda x: x if x.ndim == 2 else x.mean(axis=1)  # choice: of frames, the average
     text = text_embedder and text_embeddings(text_embedder, truth.texts or generated.texts,
@@ -231,11 +232,12 @@ def tables(args):
         read = lambda folder, name=name, spec=spec: evaluation_set(
             folder if spec else folder / f"{name}.npy", spec, which.excerpt)
         truth = read(args.reference)
-        text = args.text_embedder if (name, spec) == args.embedder[-1] else None
+        last = (name, spec) == args.embedder[-1]  # Table 6 is its
+        text = args.text_embedder if last else None
         for folder in args.generated:
             result = scores(read(folder), truth, text, args.seed)
             fad.setdefault(str(folder), []).append(result["fad"])
-            for row, columns in result.get("similarity", {}).items():  # the last embedder's stay
+            for row, columns in result.get("similarity", {}).items() if last else []:
                 row = str(folder) if row == "generated audio" else row.title()
                 similar[row] = columns.get("gt-text"), columns["gt-audio"]
     names = [name for name, _ in args.embedder]
@@ -273,6 +275,9 @@ def sweep(args):
     """
     check_writable(args.out)
     check(args.audio_embedder, "sweep needs an --audio-embedder, for the clips that it samples")
+    clips = args.out.with_suffix("")
+    check(not clips.resolve().is_relative_to(args.reference.resolve()),
+          f"{args.out}: its clips would lie in the folder {args.reference}; try another -o")
     truth = evaluation_set(args.reference, args.audio_embedder, args.excerpt, args.limit)
     if args.prompts:
         given = [entry["prompt"] for entry in read_prompts(args.prompts)[: args.limit]]
@@ -294,8 +299,8 @@ def sweep(args):
     points = sweep_points(weights)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
                 if v not in (None, False) and k != "out"}
-    settings |= {"crc32": identity}
-    with lock(args.out.with_suffix("") / "lock"):
+    settings |= {"crc32": identity, "prompts_crc32": crc(*prompts)}
+    with lock(clips / "lock"):
         done = read_log(args.out)
         check(all(entry.get("settings") == settings for entry in done),
               f"{args.out}: points of other settings; name another -o")
@@ -306,7 +311,7 @@ def sweep(args):
                 inference = replace(model.inference, **changes)
                 changed[name] = replace(model, inference=inference), params
             point = "-".join(str(part) for part in [name or "base", *changes.values()])
-            folder = args.out.with_suffix("") / point
+            folder = clips / point
             print(f"[{n}/{len(points)}] {point}", file=sys.stderr)
             check({path.name for path in folder.glob("*.wav")} <= {*names},
                   f"{folder}: holds clips of another sweep; move it away")
@@ -331,7 +336,7 @@ def plot(args):
     except ImportError:
         raise ValueError('plot draws with matplotlib: pip install -e ".[plot]"') from None
     lines = corpora.read_json_lines(args.sweep)
-    check(lines and all({"fad", "similarity"} <= line.keys() for line in lines),
+    check(lines and all({"similarity", "seconds_per_clip"} <= line.keys() for line in lines),
           f"{args.sweep}: holds no points of a sweep, or some without a similarity")
     kept = lines[0]["similarity"]["generated audio"]
     column = "gt-text" if "gt-text" in kept else "gt-audio"

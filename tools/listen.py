@@ -65,6 +65,7 @@ def wins(args):
         try:
             for answer in parse_json(regular(path).read_bytes())["answers"]:
                 a, b, score = answer["a"], answer["b"], answer["score"]
+                check(isinstance(a, str) and isinstance(b, str), "no names")
                 compared.update([a, b])
                 won.update({a: score < 0, b: score > 0})
         except (ValueError, KeyError, TypeError):

@@ -428,6 +428,9 @@ def test_vocabularies_of_the_raters(toy, capfd):
     captions = lambda name: label.read_vocabulary("long", f"v/{name}", 1, 1).captions
     assert captions("rater_lf.txt") == ['This is "pop", feat. X.', "It is slow.", "The end."]
     assert captions("rater_sf.txt") == ["low quality", "50's pop", "slow"]
+    Path("v/rater_lf.txt").unlink()  # both or none
+    err = exits(capfd, label.main, "vocabulary", "raters", "musiccaps-public.csv", "-o", "v")
+    assert "v/rater_sf.txt: there already" in err and not Path("v/rater_lf.txt").exists()
 
 
 def test_a_language_model_is_asked_and_its_answers_are_cleaned(toy, capfd):
@@ -585,6 +588,9 @@ def test_evaluate_compares_pairs(toy, capfd):
         columns = result["similarity"][row]
         close([columns["gt-text"], columns["gt-audio"]], cosine, atol=1e-12)
     assert [*evaluated(*argv)[0]["similarity"]["generated audio"]] == ["gt-audio"]
+    np.save("one.npy", truth[None])  # one clip of six frames has none to be shuffled with
+    result, err = evaluated(capfd, "one.npy", "one.npy")
+    assert "similarity" not in result and "no pairs, or but one" in err
 
 
 def test_evaluate_reads_folders_and_what_the_samples_were_sampled_from(toy, capfd):
@@ -633,6 +639,9 @@ def test_the_excerpt_is_the_middle(toy, capfd):
     assert not short
     peaks = np.abs(audio.reshape(120, 1_600)).max(axis=1)  # each 0.1 s
     assert max(peaks[:9].max(), peaks[111:].max()) < 0.02 and peaks[11:109].min() > 0.29
+    audio, short = evaluate.excerpt(train.read_tracks(folder, False)[2], 40)  # of 20 to 50 s
+    assert short and np.abs(audio[29 * 16_000 :][:16_000]).max() > 0.29
+    assert np.abs(audio[30 * 16_000 :]).max() == 0
     audio, short = evaluate.excerpt(train.Track(write_tones(toy / "d.wav", 400, seconds=2)), 10)
     assert short
     peaks = np.abs(audio.reshape(100, 1_600)).max(axis=1)
@@ -670,8 +679,8 @@ def test_a_sweep_goes_on_where_it_was_stopped(toy, runs, monkeypatch, capfd):
     monkeypatch.setattr(evaluate, "sweep_points", three)
     monkeypatch.setattr(evaluate, "run_job", recorded)
     embedding = ["--audio-embedder", "toy:loud", "--excerpt", "0.5"]
-    sweep = lambda: evaluate.main(["sweep", "music", "--models", str(runs), *embedding, "-o",
-                                   "s.jsonl", "--limit", "2", "--seconds", "0.5"])
+    argv = ["sweep", "music", "--models", str(runs), *embedding, "--limit", "2", "--seconds", "0.5"]
+    sweep = lambda out="s.jsonl": evaluate.main([*argv, "-o", out])
     sweep()
     names = ["base", "waveform_generator-1.0", "waveform_cascader-6"]
     assert sampled == [f"s/{name}/000{n}.wav" for name in names for n in (0, 1)]
@@ -699,6 +708,10 @@ def test_a_sweep_goes_on_where_it_was_stopped(toy, runs, monkeypatch, capfd):
     shutil.copy(f"{clip}.wav", "s/waveform_cascader-6/0002.wav")  # of a sweep without the limit
     Path(lines).write_bytes(b"".join(text.splitlines(True)[:-1]))
     assert "s/waveform_cascader-6: holds clips of another sweep" in exits(capfd, lambda _: sweep())
+    for out in ("music.jsonl", "music/s.jsonl"):  # these would be read as the reference
+        assert "would lie in the folder music" in exits(capfd, lambda _, out=out: sweep(out))
+    manifest(toy / "music", *({"audio": f"{k}.wav", "long": ["a waltz"]} for k in range(3)))
+    assert "s.jsonl: points of other settings" in exits(capfd, lambda _: sweep())
 
 
 def test_tables_5_and_6_in_the_papers_layout(toy, capfd):
@@ -737,9 +750,12 @@ def test_tables_5_and_6_in_the_papers_layout(toy, capfd):
     assert table["6", "ours"] == [cosines(10, 40), cosines(20, 30)]
     assert table["6", "MusicLM"] == ["(0.510)"]
     table = printed("Mine=toy:audio")
-    assert [row for _, row in table] == ["5, FAD: MusicCaps", "ours", "other",
-                                         "6, similarity by Mine: MusicCaps", "Ground Truth Audio",
-                                         "Randomly Shuffled Audio", "ours", "other"]
+    rows = ["5, FAD: MusicCaps", "ours", "other", "6, similarity by Mine: MusicCaps"]
+    assert [row for _, row in table] == [*rows, "Ground Truth Audio", "Randomly Shuffled Audio",
+                                         "ours", "other"]
+    for folder in ("ours", "other"):
+        np.save(f"{folder}/Mine.npy", rng().normal(size=(8, 2)))  # no pairs with 9
+    assert [row for _, row in printed("Yours=toy:audio", "Mine")] == rows  # none of Yours
 
 
 def test_figures_2_and_3_of_a_sweep(toy, monkeypatch):
@@ -984,7 +1000,7 @@ def test_tools_refuse_in_one_line(toy, runs, capfd, script, argv, words):
                           "mtat": "clip_id\ttag\tmp3_path\n2\t1\ta.mp3\n"}.items():
         rest = "" if name in ("mtat", "times") else "x,y\n"
         Path(f"{name}.csv").write_bytes((content + rest).encode())
-    Path("csv.json").write_text("{}")
+    Path("csv.json").write_text('{"answers": [{"a": null, "b": "x", "score": 1}]}')
     main = {"label": label, "evaluate": evaluate, "listen": listen, "plan": plan,
             "export": export}[script].main
     err = exits(capfd, main, *shlex.split(argv))

@@ -143,7 +143,8 @@ def read_prompts(path: Path) -> list[dict]:
             job = parse_json(line) if line.lstrip().startswith("{") else {"prompt": line.strip()}
             if "audio" in job:
                 job = {"prompt": caption_of(parse_caption(path.parent, line, needs_text=True))}
-            check("prompt" in job and job.keys() <= {"prompt", "seed", "seconds"},
+            check(isinstance(job.get("prompt"), str)
+                  and job.keys() <= {"prompt", "seed", "seconds"},
                   'takes "prompt" and, if wanted, "seed" and "seconds"')
             seed, seconds = job.get("seed", 0), job.get("seconds", SECONDS)
             check(type(seed) is int and abs(seed) <= MAX_SEED and type(seconds) in (int, float)

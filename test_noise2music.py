@@ -1523,8 +1523,8 @@ def test_examples_are_a_pure_function_of_seed_and_index(tmp_path):
 
 
 def test_folders_are_mixed_by_their_clips_or_by_weight(tmp_path, capfd, monkeypatch):
-    """Each clip once an epoch; or of each folder its share, and none twice before all once. What a
-    resumed run sees depends on the index alone."""
+    """Each clip once an epoch; or of each folder its share, to a ten-thousandth, and each of its
+    clips as often. What a resumed run sees depends on the index alone."""
     for folder, n in [("many", 5), ("few", 2)]:
         (tmp_path / folder).mkdir()
         for k in range(n):
@@ -1543,24 +1543,22 @@ def test_folders_are_mixed_by_their_clips_or_by_weight(tmp_path, capfd, monkeypa
                       *(f"{tmp_path}/{folder}" for folder in data))
         return capfd.readouterr().out, *seen[-1]
 
-    texts = lambda given, epoch: [maker(*given[:3], len, given[4])(7 * epoch + i).text
-                                  for i in range(7)]
     out, *given = mixed("many", "few")
     assert "/many: 5 clips, 71.43% of the examples" in out
     assert "/few: 2 clips, 28.57% of the examples" in out
     everything = sorted(clip.track.long[0] for clip in given[0])
-    first, second = (texts(given, epoch) for epoch in range(2))
+    text = lambda i: maker(*given[:3], len)(i).text
+    first, second = [*map(text, range(7))], [*map(text, range(7, 14))]
     assert sorted(first) == sorted(second) == everything and first != second
     out, *given = mixed("many:1", "few:2.5")
     assert "/many: 5 clips, 28.57% of the examples" in out
-    epochs = [texts(given, epoch) for epoch in range(5)]
-    assert all(sum(text < "g" for text in epoch) == 5 for epoch in epochs)  # of the few
-    counts = Counter(sum(epochs, []))
-    assert [counts[text] for text in everything] in ([12, 13, *[2] * 5], [13, 12, *[2] * 5])
-    places = [[text < "g" for text in epoch] for epoch in epochs]
-    assert any(place != places[0] for place in places) and texts(given, 3) == epochs[3]
-    other = [texts([*given[:2], 4, *given[3:]], epoch) for epoch in range(5)]  # another seed
-    assert [*map(sorted, other)] != [*map(sorted, epochs)]
+    clips, *_, weights = given
+    order = lambda epoch, seed=3: train.epoch_order(clips, weights, seed, epoch)
+    counts = lambda *orders: np.bincount(np.concatenate(orders)).tolist()
+    served = counts(*map(order, range(3)))  # 2 / 7 and 5 / 7 of 30,000, the clips of `many` first
+    assert sorted(served[:5]) == [1714] * 4 + [1715] and sorted(served[5:]) == [10_714, 10_715]
+    assert (order(0) != order(1)).any() and counts(order(0)) != counts(order(0, seed=4))
+    assert maker(*given[:3], len, weights)(10_007).text in clips[order(1)[7]].track.long
     argv = name, "--tiny", "--out", tmp_path, "--data"
     assert "each folder a weight, or none" in exits(capfd, train.main, *argv, "a:1", "b")
     assert "DIR:WEIGHT (a number above 0) value: 'a:0'" in exits(capfd, train.main, *argv, "a:0")
@@ -1801,7 +1799,7 @@ REFUSALS = [  # script, command line, words of the line in which it refuses it w
     *((train, f"waveform_generator --tiny --out {{tmp}}/out {argv}", words) for argv, words in [
         ("--data {tmp}/absent", "absent: no such folder"),
         ("--data {tmp}/empty", "no audio with a caption"),
-        ("--data {tmp}/broken", "unusable"),
+        ("--data {tmp}/broken", "unusable"), ("--data :5", ":5: no such folder"),
         ("--overfit {tmp}/absent.wav", "absent.wav: no such file"),
         ("--overfit {tmp}/broken/a.wav", "a.wav"),
         ("", "--data"),
@@ -1828,6 +1826,7 @@ REFUSALS = [  # script, command line, words of the line in which it refuses it w
     (train, "waveform_generator --out {tmp}/out --data {data} --init {data}/0.wav", "0.wav: "),
     (train, "waveform_generator --out {tmp}/out --data {data} --init x --resume", "--init begins"),
     (train, "superresolution_cascader --out {demo} --data {data} --resume", "averages alone"),
+    (train, "superresolution_cascader --out {tmp}/out --data {tmp}", "all of whose audio is data"),
     *((sample, f"slow --models {{runs}} -o {{tmp}}/out/x.wav {argv}", words) for argv, words in [
         ("--prompts {tmp}/odd.jsonl", "give a prompt"),
         *((f"--seconds {seconds}", "--seconds") for seconds in ("x", 0, -1, "nan", 1e9)),
@@ -1841,8 +1840,9 @@ REFUSALS = [  # script, command line, words of the line in which it refuses it w
         ("slow -o {tmp}/a.wav", "is a folder"), ("slow -o {tmp}/out/x.mp3", ".wav"),
         ("slow -o {tmp}/file/x.wav", "file/x.wav: cannot be written"),
         ("--prompts {tmp}/absent", "absent"), ("--prompts {tmp}/file", "no prompt"),
-        ("--prompts {tmp}/bad.jsonl", "bad.jsonl:2"), ("--prompts {tmp}/odd.jsonl", "odd.jsonl:1"),
-        ("--prompts {tmp}/long.jsonl", "long.jsonl:1"),
+        ("--prompts {tmp}/bad.jsonl", "bad.jsonl:2"),
+        *((f"--prompts {{tmp}}/{name}.jsonl", f"{name}.jsonl:1")
+          for name in ("odd", "long", "number")),
         *((f"--prompts {{tmp}}/{name}.jsonl", "prompt 1: the prompt is empty")
           for name in ("blank", "space"))]),
     (sample, "slow --models {demo} -o {tmp}/out/x.wav --raw", "leave --raw out"),
@@ -1860,8 +1860,8 @@ def places(tmp_path_factory, data, runs):
     (broken / "a.wav").write_bytes(b"RIFF....WAVE")
     (tmp / "a.wav").mkdir()
     for name, text in [("bad", 'good\n{"prompt": \n'), ("odd", '{"prompt": "x", "sed": 1}'),
-                       ("long", '{"prompt": "x", "seconds": 601}'), ("blank", '{"prompt": ""}'),
-                       ("space", '{"prompt": " "}')]:
+                       ("long", '{"prompt": "x", "seconds": 601}'), ("number", '{"prompt": 5}'),
+                       ("blank", '{"prompt": ""}'), ("space", '{"prompt": " "}')]:
         (tmp / f"{name}.jsonl").write_text(text)
     save_t5(tmp / "t5", random_t5(["another vocabulary"], 1))
     return {"tmp": tmp, "data": data, "runs": runs, "demo": sample.DEMO}
@@ -2366,6 +2366,17 @@ def test_a_full_disk_a_closed_stdout_and_a_signal_stop_a_run_saved(
         err = exits(capfd, train.main, *common, tmp_path / str(number), status=128 + number)
         assert "stopped at step 2, saved as" in err and err.count("\n") == 1
         assert len(train.checkpoints(tmp_path / str(number) / name)) == 1 and "--resume" in err
+
+
+def test_what_is_said_to_a_closed_stream_is_said_nowhere(capfd, monkeypatch, signals):
+    """Where one is closed it is None, which has no isatty, and which `print` takes for stdout."""
+    say = lambda _: [print(name, getattr(sys, name).isatty(), file=getattr(sys, name))
+                     for name in ("stdout", "stderr")]
+    for closed in ("stdout", "stderr"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, closed, None)
+            train.run_command(say, None)
+        assert closed not in "".join(capfd.readouterr())
 
 
 def test_what_is_not_finite_is_not_saved_where_files_are_gone(tmp_path, data, small_models, capfd,

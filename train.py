@@ -264,15 +264,15 @@ def mixed_clips(data: list, folders: list[list[Track]]) -> list[Clip]:
 
 def epoch_order(clips: list[Clip], weights: list[float], seed: int, epoch: int) -> np.ndarray:
     """The clips of an epoch, by their numbers, shuffled. choice: each once, also where folders are
-    mixed (Sec. 3.6); or, given weights, each folder has its share, and none of its clips comes
-    twice before all have come once.
+    mixed (Sec. 3.6); or, given weights, each folder has its share, of at least 10,000 clips, and
+    after any number of epochs each of its clips has come as often, to one.
     """
     rng, parts = np.random.default_rng([seed, epoch]), []
     if not weights:
         return rng.permutation(len(clips))
-    folders = np.array([clip.folder for clip in clips])
+    folders, size = np.array([clip.folder for clip in clips]), max(len(clips), 10_000)
     for k, weight in enumerate(weights):
-        own, n = np.flatnonzero(folders == k), max(1, round(len(clips) * weight / sum(weights)))
+        own, n = np.flatnonzero(folders == k), max(1, round(size * weight / sum(weights)))
         first, start = divmod(epoch * n, len(own))  # the round of this folder, the place in it
         rounds = [np.random.default_rng([seed, 2, k, first + i]).permutation(own)
                   for i in range(-(-(start + n) // len(own)))]
@@ -870,8 +870,8 @@ OVERRIDES = {  # fields of TrainingConfig that have an option each
 
 def folder_and_weight(text: str):
     """An argparse type: (folder, weight or None) of DIR[:WEIGHT]."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or Path(text).is_dir():
+    path, _, weight = text.rpartition(":")
+    if not path or os.path.isdir(text):
         return Path(text), None
     return Path(path), number(float, 1e-9)(weight)
 
@@ -898,7 +898,7 @@ def parse_args(argv=None):
     add("--bf16", dest="dtype", action="store_const", const="bfloat16", help="compute in bfloat16")
     add("--remat", action="store_const", const=True, help="save memory: compute blocks twice")
     add("--accumulate", type=count, metavar="N", help="save memory: batches in N parts (default: "
-        "as few as leave a device at most 8 clips at once)")
+        "as few as leave a device at most 8 clips at once; with --resume, as before)")
     add("--log-every", type=count, default=20, metavar="N", help="steps to a progress line (20)")
     add("--save-every", type=count, default=500, metavar="N", help="steps to a checkpoint (500)")
     add("--sample-every", type=count, default=math.inf, metavar="N", help="steps to a wav (none)")
@@ -935,6 +935,10 @@ def run(args):
     else:
         needs_text = n2m.uses_text(n2m.MODELS[args.model])
         folders = [read_tracks(path, needs_text) for path, _ in args.data]
+        for path, _ in args.data:  # samples in it would be taken for data, at a resume
+            inside = args.out.resolve().is_relative_to(path.resolve())
+            check(not inside or needs_text or (path / "captions.jsonl").exists(),
+                  f"{args.out}: lies in {path}, all of whose audio is data; name another --out")
         tracks = [track for folder in folders for track in folder]
     captions = sorted({text for track in tracks for text in track.long + track.short})
     folder = args.out / args.model
@@ -1002,9 +1006,11 @@ def end(message: str, status: int = 2):
 def run_command(run: Callable, args):
     """Runs a script's command: what its user can mend becomes one line and exit status 2."""
     on_signals(lambda n, _: fail(f"stopped by {signal.Signals(n).name}", 128 + n))
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # which may be closed
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it is closed
+            setattr(sys, name, open(os.devnull, "w"))
         # A name that the terminal cannot show is no error.
-        stream.reconfigure(errors="backslashreplace")
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     jax.config.update("jax_enable_x64", False)  # whatever the environment says
     keep_programs()
     try:

@@ -450,7 +450,8 @@ def sample(params, model: Model, condition: Condition, keys, length: int, progre
 # SHARDING), initialiser. Read (B, ..., T, C) as (B, T, C): only on a TPU is there an axis between,
 # where clips are cut into pieces (`on_a_tpu_in_pieces`).
 
-class Param(NamedTuple):
+@dataclass(frozen=True)  # no NamedTuple: JAX then takes a Param for a leaf
+class Param:
     shape: tuple[int, ...]
     axes: tuple[str, ...]  # keys of SHARDING
     init: Callable  # standard normal noise of that shape -> initial value
@@ -696,14 +697,10 @@ def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on):
     return conv1d(params["exit"], h).astype(jnp.float32)  # (B, T, C_0) -> (B, T, C)
 
 
-def is_param(node):
-    return isinstance(node, Param)
-
-
 @partial(jax.jit, static_argnames="cfg")
 def init_params(key, cfg: UNetConfig):
     """Initial parameters, the tree of `unet_spec(cfg)` with a float32 array for each Param."""
-    leaves, tree = jax.tree.flatten(unet_spec(cfg), is_leaf=is_param)
+    leaves, tree = jax.tree.flatten(unet_spec(cfg))
     ends = np.cumsum([math.prod(p.shape) for p in leaves])
     noise = jax.random.normal(key, ends[-1:])  # numerics: one draw for all compiles faster
     noise = [z.reshape(p.shape) for p, z in zip(leaves, jnp.split(noise, ends[:-1]))]
@@ -711,7 +708,7 @@ def init_params(key, cfg: UNetConfig):
 
 
 def size_of(spec) -> int:
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(spec, is_leaf=is_param))
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(spec))
 
 
 def param_count(model: Model | str) -> int:
@@ -1030,7 +1027,7 @@ def partition(mesh, shape, axes, column=0) -> PartitionSpec:
 def shardings(cfg: UNetConfig, mesh, column=0):
     """NamedShardings of a U-Net's parameters or (column=1) of gradients, EMA and moments."""
     place = lambda p: NamedSharding(mesh, partition(mesh, p.shape, p.axes, column))
-    return jax.tree.map(place, unet_spec(cfg), is_leaf=is_param)
+    return jax.tree.map(place, unet_spec(cfg))
 
 
 def constrain(x, *axes):

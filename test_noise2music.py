@@ -105,7 +105,7 @@ def random_params(cfg, seed=0):
         noise, fan_in = g.normal(size=p.shape), math.prod(p.shape[:-1])
         return jnp.float32(0.5 + 0.5 * noise if len(p.shape) == 1 else 0.7 * noise / fan_in**0.5)
 
-    return jax.tree.map(draw, n2m.unet_spec(cfg), is_leaf=n2m.is_param)
+    return jax.tree.map(draw, n2m.unet_spec(cfg))
 
 
 def random_condition(cfg, b=3, t=T, seed=1):

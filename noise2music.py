@@ -114,8 +114,6 @@ class Model:
     low_rate: int | None  # Hz of the low-fidelity audio, before it is up-sampled and stacked
 
 
-NAMES = ("waveform_generator", "waveform_cascader", "spectrogram_generator", "spectrogram_vocoder",
-         "superresolution_cascader")
 T, F = True, False
 
 # fmt: off
@@ -209,7 +207,7 @@ del T, F
 MODELS = {  # Table 9's rows have the order of UNetConfig's fields: a column of it makes one
     name: Model(name, UNetConfig(*column), TrainingConfig(*TABLE_2[name], *SEC_4_1[name]),
                 InferenceConfig(*TABLE_3[name]), *SEC_3_3[name])
-    for name, column in zip(NAMES, zip(*TABLE_9.values()))
+    for name, column in zip(TABLE_2, zip(*TABLE_9.values()))
 }
 
 ROUTES = {  # Sec. 3.3: from the prompt to 24 kHz

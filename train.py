@@ -425,8 +425,7 @@ def join_processes(args):
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process. All ask, and wait here for each other."""
-    alone = jax.process_count() == 1
-    return flag if alone else multihost_utils.process_allgather(np.array(flag)).any()
+    return multihost_utils.process_allgather(np.array(flag)).any()
 
 
 def process_rows(batch_size: int, accumulate: int) -> list[int]:
@@ -476,10 +475,8 @@ def place(tree, layout):
     return jax.tree.map(put, tree, layout)
 
 
-def gather(tree):
-    """The arrays of a tree, of which all processes hold parts, whole and on the host. All ask."""
-    whole = partial(multihost_utils.process_allgather, tiled=True)
-    return jax.tree.map(lambda a: np.asarray(a if a.is_fully_addressable else whole(a)), tree)
+# The arrays of a tree, of which all processes hold parts, whole and on the host. All ask.
+gather = partial(multihost_utils.process_allgather, tiled=True)
 
 
 # ---- Checkpoints: one safetensors file each ----

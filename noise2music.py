@@ -852,23 +852,19 @@ def sampling_condition(model: Model, given: Condition, previous, seconds: float)
     return given
 
 
-def generate(prompts, weights, encode, route="waveform", seconds=30.0, seed=0, first_clip=0,
-             superres=True, progress=None):
+def generate(prompts, weights, encode, seconds=30.0, seed=0, first_clip=0, progress=None):
     """Prompts to music, by one of ROUTES (Sec. 3.3).
 
     prompts      B strings, one a clip
-    weights      {name of a model: (Model, params)}, with the inference parameters of the Model
+    weights      {name: (Model, params)} in the route's order, with the Model's inference
+                 parameters; without super-resolution it stops at 16 kHz, as in Sec. 4.3.1
     encode       (prompts, Model) -> Condition with their embeddings and mask (Sec. 3.4), where
                  the model reads text
     first_clip   the number of the first prompt's clip; clip i of a seed does not depend on others
-    superres     False stops at 16 kHz, as in Sec. 4.3.1
     progress     called as progress(name, done, N)
     Returns {name: its output}: audio (B, seconds * rate), or log-mel (B, seconds * 100, 80)."""
     outputs, previous = {}, None
-    for stage, name in enumerate(ROUTES[route]):
-        if MODELS[name].rate > MEL_RATE and not superres:
-            continue
-        model, params = weights[name]
+    for stage, (name, (model, params)) in enumerate(weights.items()):
         condition = sampling_condition(model, encode(prompts, model), previous, seconds)
         stage_key = jax.random.fold_in(jax.random.key(seed), stage)
         clips = first_clip + jnp.arange(len(prompts))

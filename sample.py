@@ -251,8 +251,7 @@ def run_job(args, weights, text_encoder, identity: dict, mesh, job: Job):
     begin = time.monotonic()
     with jax.set_mesh(mesh):
         outputs = n2m.generate([job.prompt] * args.num, weights, partial(encode, text_encoder),
-                               args.route, job.seconds, job.seed, superres=not args.no_superres,
-                               progress=progress_printer())
+                               job.seconds, job.seed, progress=progress_printer())
     for name, x in outputs.items():
         check(np.isfinite(x).all(), f"{name}: sampled values that are not finite; try --raw, "
               "another --cfg-scale, or train longer")

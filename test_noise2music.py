@@ -926,11 +926,11 @@ def encode_prompts(prompts, model):
 def test_clip_i_of_a_seed_is_the_same_whatever_the_batch(route):
     """Clips 0, 1 and clips 1, 2 agree on clip 1, at every stage; without super-resolution too."""
     prompts, done = ["slow piano", "fast drums", "harp"], []
-    run = functools.partial(n2m.generate, weights=small_weights(), encode=encode_prompts,
-                            route=route, seconds=0.37)
+    weights = {name: small_weights()[name] for name in n2m.ROUTES[route]}
+    run = functools.partial(n2m.generate, weights=weights, encode=encode_prompts, seconds=0.37)
     first = run(prompts[:2], seed=4, progress=lambda *a: done.append(a))
     second = run(prompts[1:], seed=4, first_clip=1)
-    same_prompt = run(["harp"] * 2, seed=5, superres=False)
+    same_prompt = run(["harp"] * 2, seed=5, weights=dict(list(weights.items())[:2]))
     assert tuple(first) == n2m.ROUTES[route] and done == [(name, 3, 3) for name in first]
     for name, x in first.items():
         close(second[name][0], x[1], atol=1e-3, err_msg=name)
@@ -958,8 +958,8 @@ def test_every_duration_reaches_every_stage(monkeypatch, route, seconds):
         return jnp.full((2, length, model.unet.out_channels), 0.25 * len(seen))
 
     monkeypatch.setattr(n2m, "sample", stage)
-    weights = {name: (model, None) for name, model in n2m.MODELS.items()}
-    out = n2m.generate(["a", "b"], weights, encode_prompts, route, seconds)
+    weights = {name: (n2m.MODELS[name], None) for name in n2m.ROUTES[route]}
+    out = n2m.generate(["a", "b"], weights, encode_prompts, seconds)
     assert tuple(out) == tuple(s[0] for s in seen) == n2m.ROUTES[route]
     assert len({s[1:] for s in seen}) == 3  # noise of its own
     low, middle, high = (round(seconds * rate) for rate in (3_200, 16_000, 24_000))
@@ -1950,7 +1950,7 @@ def test_a_noise_schedule_and_a_sixth_model_are_entries_of_tables(tmp_path, data
     model, params, _ = train.load_model(tmp_path, "sixth")
     assert (model.unet.strides, model.training.noise_schedule) == ((3, 5), "straight")
     encode = partial(sample.encode, t5_encoder.load_text_encoder(tmp_path / "t5"))
-    audio = n2m.generate(["a tone"], {"sixth": (model, params)}, encode, "short", 0.5)["sixth"]
+    audio = n2m.generate(["a tone"], {"sixth": (model, params)}, encode, 0.5)["sixth"]
     assert audio.shape == (1, 1_000) and np.isfinite(audio).all() and audio.std() > 0
     assert "no small variant of sixth" in exits(capfd, train.main, *argv, "--tiny")
 

@@ -133,8 +133,7 @@ def routes():
     figure.suptitle(f"\"{PROMPT}\" through both routes", fontsize=9)
     for route, row in zip(n2m.ROUTES, grid):
         weights, encoder = demo(route)
-        stages = n2m.generate([PROMPT], weights, partial(sample.encode, encoder), route, SECONDS,
-                              SEED)
+        stages = n2m.generate([PROMPT], weights, partial(sample.encode, encoder), SECONDS, SEED)
         for (name, x), axes in zip(stages.items(), row):
             model = weights[name][0]
             if n2m.writes_log_mel(model):

@@ -421,8 +421,7 @@ def _sample_chunk(params, model, x_t, condition, keys, n, updates):
 def sample(params, model: Model, condition: Condition, keys, length: int, progress=None):
     """Clips (B, length, C) in [-1, 1], by `model.inference` (Table 3). keys (B,), one a clip.
 
-    `length` is a multiple of prod(strides). progress(done, N) is called after each chunk of steps.
-    """
+    `length` is a multiple of prod(strides). progress(done, N) is called after each chunk."""
     inference = model.inference
     times = denoising_times(step_schedules(model)[inference.step_schedule], inference.steps)
     schedule = SCHEDULES[model.training.noise_schedule]
@@ -658,8 +657,7 @@ def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on):
     """Fig. 1: the noise in x_t, (B, T, C) -> (B, T, C) float32. T is a multiple of prod(strides).
 
     t (B,); text_on (B,) is 0 where the prompt is occluded. Where cfg.dtype is float32, a TPU or a
-    GPU still rounds the factors of a product, unless jax.default_matmul_precision says "highest".
-    """
+    GPU still rounds the factors of a product, unless jax.default_matmul_precision is "highest"."""
     time = linear_layer(params["time"], time_embedding(t, cfg.base_dimension))  # (B, C_0), float32
     cast = lambda a: a if a.dtype == bool else a.astype(cfg.dtype)
     inputs = params, x_t, condition, time, text_on
@@ -758,9 +756,8 @@ def stft(audio):
 def log_mel(audio):
     """Sec. 3.3.2: log-mel "normalized to lie within [-1, 1]". (B, T) at 16 kHz -> (B, T / 160, 80).
 
-    choice: the mel magnitude in dB, with -90 and all below at -1, and +10 at 1, the same map for
-    every clip. As a filter sums several bins, a full-scale sine of 50 Hz to 7.9 kHz has 1.7
-    to 9.9 dB."""
+    choice: the mel magnitude in dB, -90 and less at -1, +10 at 1, the same map for every clip. As a
+    filter sums several bins, a full-scale sine of 50 Hz to 7.9 kHz has 1.7 to 9.9 dB."""
     mel = jnp.matmul(jnp.abs(stft(audio)), mel_filters(), precision="highest")
     decibel = 20 * jnp.log10(jnp.maximum(mel, 1e-9))
     return jnp.clip((decibel + 40) / 50, -1, 1)
@@ -771,8 +768,7 @@ def log_mel(audio):
 def noise_augment(key, x, t_max, schedule):
     """Sec. 4.1: noise of "a random diffusion time [...] chosen within [0, t_max]". x (B, T, C).
 
-    choice: by the model's own schedule; the network is not told t, as Fig. 1 has no entry for it.
-    """
+    choice: by the model's own schedule; the network is not told t: Fig. 1 has no entry for it."""
     key_t, key_eps = jax.random.split(key)
     t = jax.random.uniform(key_t, x.shape[:1], maxval=t_max)  # (B,)
     return diffuse(x, jax.random.normal(key_eps, x.shape), schedule(t))
@@ -889,8 +885,7 @@ CAPTION_BLOCK = 4_096  # captions compared at a time
 def windows(audio) -> np.ndarray:
     """Sec. 3.5: "non-overlapping 10-second windows", (samples,) at 16 kHz -> (windows, 160_000).
 
-    choice: silence completes a rest of 5 s or more, and a clip under 10 s; a shorter rest is cut.
-    """
+    choice: silence completes rests of 5 s or more, and clips under 10 s; shorter rests are cut."""
     size = 10 * MEL_RATE
     n = max(1, (len(audio) + size // 2) // size)
     return np.pad(audio[: n * size], (0, max(0, n * size - len(audio)))).reshape(n, size)
@@ -967,8 +962,7 @@ def similarity(a, b) -> float:
 def table_6(generated, ground_truth, text=None, seed: int = 0) -> dict:
     """{row: {column: similarity}} of one data set in Table 6, from paired embeddings (N, E), N > 1.
 
-    choice: the shuffle is one random cycle through all clips, so that none is paired with itself.
-    """
+    choice: the shuffle is one random cycle through all clips, so none is paired with itself."""
     order = np.random.default_rng(seed).permutation(len(ground_truth))
     shuffled = np.empty_like(ground_truth)
     shuffled[order] = ground_truth[np.roll(order, 1)]
@@ -1051,8 +1045,7 @@ def own_clips(f, x):
 def percentile(a, q):
     """The smallest v with a share q of a row at or below it, 0 < q <= 1. a (B, T C) >= 0; v (B,).
 
-    numerics: by bisection, to 2^-32 of the largest; a sort of 30 s costs more than a small network.
-    """
+    numerics: by bisection, to 2^-32 of the largest; a sort costs more than a small network."""
     rank = math.ceil(q * a.shape[1])
 
     def halve(_, bounds):
@@ -1213,9 +1206,8 @@ def tiny(model: Model) -> Model:
     A stride of S folds S frames of 80 channels into one vector; if that is much narrower than 80 S,
     noise and music cannot be told apart. So the spectrogram generator strides by 2 first, not by 4.
     The log-mel enters the vocoder at the bottom, so only blocks of the way up see it. A stride of 2
-    comes last there, so that these are many, wide and of a low rate. The generators spend their
-    blocks where a frame is the attack of a note, and none at the last depth, where a frame is a
-    second."""
+    comes last there, so that these are many, wide and of a low rate. The generators spend blocks
+    where a frame is the attack of a note, and none at the last depth, where one is a second."""
     base, kernel, strides, channels, blocks, t_max, steps, hum = TINY[model.name]
     unet = replace(model.unet, base_dimension=base, kernel_size=kernel, strides=strides,
                    channels=channels, blocks=blocks, head_width=16, text_width=64)

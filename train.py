@@ -135,8 +135,7 @@ def read_tracks(folder: Path, needs_text: bool, manifest: str = "captions.jsonl"
 def patiently(function: Callable, items: list) -> list:
     """function(item) of all items, in threads; or the ValueError or OSError that it ends with.
 
-    What the system cannot read now (its network is away) is not bad: it is tried again, after each
-    of WAITS."""
+    What the system cannot read now (its network is away) is tried again, after each of WAITS."""
 
     def attempt(item):
         try:
@@ -240,8 +239,7 @@ def load_clips(clips: list[Clip], rate: int) -> list[np.ndarray | None]:
 
 def text_batch(track: Track, token_length: int, count_tokens: Callable) -> list[str]:
     """Sec. 4.1: the long prompts; and the short ones, "concatenated, then segmented into a set
-    token length". choice: joined by ", ", segmented between tags. choice: a longer prompt is cut.
-    """
+    token length". choice: joined by ", ", segmented between tags. choice: longer ones are cut."""
     segments = []
     for tag in track.short:
         joined = f"{segments[-1]}, {tag}" if segments else tag
@@ -265,8 +263,7 @@ def mixed_clips(data: list, folders: list[list[Track]]) -> list[Clip]:
 def epoch_order(clips: list[Clip], weights: list[float], seed: int, epoch: int) -> np.ndarray:
     """The clips of an epoch, by their numbers, shuffled. choice: each once, also where folders are
     mixed (Sec. 3.6); or, given weights, each folder has its share, of at least 10,000 clips, and
-    after any number of epochs each of its clips has come as often, to one.
-    """
+    after any number of epochs each of its clips has come as often, to one."""
     rng, parts = np.random.default_rng([seed, epoch]), []
     if not weights:
         return rng.permutation(len(clips))
@@ -284,8 +281,7 @@ def example_maker(clips: list[Clip], model: n2m.Model, seed: int, count_tokens=N
                   weights=()) -> Callable:
     """index -> Example, a function of the seed and the index alone, so that a run resumes exactly.
 
-    An epoch visits every clip once, without weights. Without `count_tokens` examples have no text.
-    """
+    Without `count_tokens` examples have no text."""
     c, clip_bytes = model.training, 4 * model.audio_rate * np.mean([clip.seconds for clip in clips])
     samples = round(c.seconds * model.audio_rate)
     texts_of = cache(lambda track: text_batch(track, c.token_length, count_tokens))
@@ -435,8 +431,7 @@ def process_rows(batch_size: int, accumulate: int) -> list[int]:
 
 
 def default_parts(batch_size: int, mesh) -> int:
-    """As few parts of a batch as leave a device at most 8 clips at once. choice: 8, which TPUs
-    want."""
+    """The fewest parts of a batch that leave a device at most 8 clips. choice: 8, as TPUs want."""
     each = max(1, batch_size // mesh.shape["data"])
     return next(n for n in range(1, each + 1) if each % n == 0 and each // n <= 8)
 

@@ -101,8 +101,7 @@ def t5_encoder(params, config, ids, mask):
         heads = *ids.shape, config.num_heads, config.d_kv
         q, k, v = ((y @ p[name].mT).reshape(heads) for name in "qkv")  # (B, L, H, K)
         # T5 does not divide by sqrt(K): its initialisation has absorbed the factor.
-        weights = jax.nn.softmax(jnp.einsum("blhk,bmhk->bhlm", q, k) + bias)
-        y = jnp.einsum("bhlm,bmhk->blhk", weights, v)
+        y = jax.nn.dot_product_attention(q, k, v, bias, scale=1.0)  # (B, L, H, K)
         x = x + y.reshape(*ids.shape, -1) @ p["o"].mT  # (B, L, E); H K need not be E
         y = rms_norm(x, p["ff_norm"], eps)
         if config.feed_forward_proj == "gated-gelu":  # in the tanh form, as T5 was trained

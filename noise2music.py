@@ -1152,8 +1152,7 @@ def renoise_updates(schedule: Callable, times: np.ndarray, gamma: float) -> Upda
     It re-noises x0_hat instead of keeping part of x_t: errors of a small network do not accumulate,
     but undecided detail is lost. So it is for models whose condition leaves little open."""
     u = ddpm_updates(schedule, times, 0)
-    following = lambda a, last: np.float32([*a[1:], last])  # a_s from a_t
-    alpha_s, sigma_s = following(u.alpha_t, 1), following(u.sigma_t, 0)
+    alpha_s, sigma_s = np.float32([*u.alpha_t[1:], 1]), np.float32([*u.sigma_t[1:], 0])
     return u._replace(keep=0 * u.keep, toward=alpha_s, noise=sigma_s)
 
 

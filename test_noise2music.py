@@ -21,7 +21,7 @@ import time
 import types
 import warnings
 import zlib
-from collections import Counter, namedtuple
+from collections import namedtuple
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

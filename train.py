@@ -262,8 +262,8 @@ def mixed_clips(data: list, folders: list[list[Track]]) -> list[Clip]:
 
 def epoch_order(clips: list[Clip], weights: list[float], seed: int, epoch: int) -> np.ndarray:
     """The clips of an epoch, by their numbers, shuffled. choice: each once, also where folders are
-    mixed (Sec. 3.6); or, given weights, each folder has its share, of at least 10,000 clips, and
-    after any number of epochs each of its clips has come as often, to one."""
+    mixed (Sec. 3.6). Or, given weights, each folder has its share, of 10,000 clips at least, and at
+    the end of an epoch all of its clips have come equally often, to one."""
     rng, parts = np.random.default_rng([seed, epoch]), []
     if not weights:
         return rng.permutation(len(clips))
@@ -384,7 +384,7 @@ def train_step(state: State, model: n2m.Model, seed: int, batch, accumulate: int
     """One step on a batch in `accumulate` equal parts. Returns state, losses (B,), t (B,), norm.
 
     Where a mesh is set, it is given too, and the batch is the `process_rows` of this process."""
-    key, logged = jax.random.fold_in(jax.random.key(seed), state.step), []
+    key, logged, mean = jax.random.fold_in(jax.random.key(seed), state.step), [], None
     for k in range(accumulate):  # on a CPU, gradients are 50 times slower inside lax.scan
         part = jax.tree.map(lambda a: np.split(a, accumulate)[k], batch)
         if mesh:

@@ -344,7 +344,7 @@ def run(args):
     compiled = set()
     for i, job in enumerate(jobs, 1):
         if args.prompts and finished(args, weights, identity, job):
-            print(f"{job.out}: there already")
+            print(f"{', '.join(map(str, clip_paths(job.out, args.num)))}: there already")
             continue
         print(f"[{i}/{len(jobs)}] {job.prompt}", file=sys.stderr)
         if len(compiled | {job.seconds}) > LENGTHS:  # programs of other lengths fill the memory

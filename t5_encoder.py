@@ -409,8 +409,9 @@ def read_safetensors(path, keep=lambda name: True):
         metadata, tensors, end = header.pop("__metadata__", {}), {}, 0
         check(all(isinstance(value, str) for value in metadata.values()), "metadata not of strings")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, stop = entry["data_offsets"]
-            array = np.ndarray(entry["shape"], DTYPES[entry["dtype"]], data, base + begin)
+            begin, stop, dtype = *entry["data_offsets"], entry["dtype"]
+            check(dtype in DTYPES, f"{name!a:.80} is of type {dtype!a:.20}, which is not read here")
+            array = np.ndarray(entry["shape"], DTYPES[dtype], data, base + begin)
             check(begin == end and array.nbytes == stop - begin, f"{name!a:.80} is out of place")
             tensors[name], end = array, stop
         check(len(data) == base + end, f"{len(data)} bytes, but its header describes {base + end}")

@@ -206,6 +206,8 @@ def read_vocabulary(kind, path, k_prime=None, k=K) -> Vocabulary:
     captions = [line.strip() for line in read_lines(path)]
     for n, caption in enumerate(captions, 1):
         check(caption, f"{path}:{n}: an empty line; every line is a caption")
+    repeated = len(captions) - len({*captions})
+    check(not repeated, f"{path}: {repeated} lines repeat another; each caption once")
     check(0 < k_prime <= k <= len(captions), f"{path}: {len(captions)} captions for K' = {k_prime} "
           f"of K = {k}; wanted K' <= K <= captions")
     return Vocabulary(kind, Path(path), captions, k_prime, k)

@@ -239,7 +239,7 @@ def test_labels_depend_on_the_seed_and_not_on_who_embedded(toy):
 def test_a_stopped_label_goes_on_where_it_was(toy, capfd):
     """Among the clips or the captions, with a part of a block written: the rest is embedded."""
     tones = range(100, 500, 10)  # two blocks of clips, two of captions
-    other = [2000 + n % 900 for n in range(4200)]
+    other = [2000 + n / 5 for n in range(4200)]
     for hz in tones:
         write_tones(f"music/{hz}.wav", hz, seconds=1)
     argv = "--vocabulary", "long", vocabulary("words.txt", *other, *tones), 1, 1, "--out"

@@ -336,7 +336,8 @@ def plot(args):
     except ImportError:
         raise ValueError('plot draws with matplotlib: pip install -e ".[plot]"') from None
     lines = corpora.read_json_lines(args.sweep)
-    check(lines and all({"similarity", "seconds_per_clip"} <= line.keys() for line in lines),
+    needed = {"fad", "similarity", "seconds_per_clip"}
+    check(lines and all(needed <= line.keys() for line in lines),
           f"{args.sweep}: holds no points of a sweep, or some without a similarity")
     kept = lines[0]["similarity"]["generated audio"]
     column = "gt-text" if "gt-text" in kept else "gt-audio"

@@ -942,10 +942,11 @@ REFUSALS = [(script, f"{start} {argv}", words) for script, start, rows in [
         "told music --embedder VGG": "VGG.npy: No such file", "told music": "--embedder",
         "told music --embedder VGG=toy:absent": "no attribute 'absent'"}),
     ("evaluate", "plot", {"words.txt": "words.txt:1: not a JSON object",
-                          "zero.npy": "no points of a sw"}),
+                          "mtat.jsonl": "no points of a sw", "zero.npy": "no points of a sw"}),
     ("listen", "", {
         "music": "give two folders or more", "told music told": "each once",
         "told bad": "hold [2, 1] clips", "csv.json": "csv.json: not what the page saves",
+        "mtat.json": "mtat.json: not what the page saves",
         "absent told": "absent: no such folder"}),
     ("evaluate", "scores", {
         "wide.npy x.npy": "the generated embeddings are 3 wide, the reference's 4",
@@ -1003,7 +1004,8 @@ def test_tools_refuse_in_one_line(toy, runs, capfd, script, argv, words):
                           "mtat": "clip_id\ttag\tmp3_path\n2\t1\ta.mp3\n"}.items():
         rest = "" if name in ("mtat", "times") else "x,y\n"
         Path(f"{name}.csv").write_bytes((content + rest).encode())
-    Path("csv.json").write_text('{"answers": [{"a": null, "b": "x", "score": 1}]}')
+    Path("csv.json").write_text("{}"), Path("mtat.jsonl").write_text('{"fad": 1, "similarity": 0}')
+    Path("mtat.json").write_text('{"answers": [{"a": null, "b": "x", "score": 1}]}')
     main = {"label": label, "evaluate": evaluate, "listen": listen, "plan": plan,
             "export": export}[script].main
     err = exits(capfd, main, *shlex.split(argv))

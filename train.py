@@ -998,11 +998,11 @@ def end(message: str, status: int = 2):
 def run_command(run: Callable, args):
     """Runs a script's command: what its user can mend becomes one line and exit status 2."""
     on_signals(lambda n, _: fail(f"stopped by {signal.Signals(n).name}", 128 + n))
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it is closed
-            setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
         # A name that the terminal cannot show is no error.
-        getattr(sys, name).reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace")
     jax.config.update("jax_enable_x64", False)  # whatever the environment says
     keep_programs()
     try:

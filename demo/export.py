@@ -19,6 +19,12 @@ from train import checkpoints, load_checkpoint, new_parser, run_command, write_c
 
 
 def export(args):
+    last = {name: (checkpoints(args.runs / name) or checkpoints(args.out / name))[-1:]
+            for name in n2m.MODELS}
+    encoders = {load_checkpoint(path, name, lambda _: False)[2]["t5_fingerprint"]
+                for name, paths in last.items() for path in paths}
+    check(len(encoders - {None}) < 2,
+          f"{args.out}: would hold models of more than one T5; name another DIR")
     for name in n2m.MODELS:
         if not (found := checkpoints(args.runs / name)):
             continue

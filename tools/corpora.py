@@ -109,7 +109,7 @@ def ends(match: re.Match) -> bool:
     if word in NEVER or word in NUMBERED and following[0].isdigit():  # "feat. X", "No. 5"
         return False
     if re.fullmatch(r"(?:[^\W\d_]\.)*[^\W\d_]", word):  # "J. S. Bach", "in C. The drums"
-        return following.lower() in FIRST
+        return following.lower() in FIRST and not ("." in word and following[0].islower())
     if following[0].islower():  # raters do not always begin with a capital
         return match["mark"] == "." and not match["quote"] and word not in SELDOM
     return True
@@ -333,7 +333,8 @@ def musiccaps(path: Path, folder: Path | None):
             times = float(row["start_s"]), float(row["end_s"])
         except ValueError as error:
             raise ValueError(f"{path}: row {n}: {error}; {AS_PUBLISHED}") from None
-        yield {"long": " ".join(row["caption"].split())}, clip_file(files, row["ytid"], *times)
+        if caption := " ".join(row["caption"].split()):
+            yield {"long": caption}, clip_file(files, row["ytid"], *times)
 
 
 class PromptSet(NamedTuple):

@@ -69,8 +69,11 @@ class EvaluationSet(NamedTuple):
 def clips_of(folder: Path) -> list:
     """In the order of the folder's captions.jsonl, or by name; of a folder of samples, the samples.
     """
-    tracks = read_tracks(folder, False)
-    return [track for track in tracks if track.path.with_suffix(".json").exists()] or tracks
+    tracks, listed = read_tracks(folder, False), (folder / "captions.jsonl").exists()
+    samples = [t for t in tracks if not listed and t.path.with_suffix(".json").exists()]
+    check(len(samples) in (0, len(tracks)) or any(t.path.parent == folder for t in samples),
+          f"{folder}: holds samples in a folder below it; move them away")
+    return samples or tracks
 
 
 def text_of(track) -> str:

@@ -109,8 +109,11 @@ def collectives(hlo: str) -> tuple[dict, int]:
     return counts, total
 
 
-def plan(name: str, lowered, params: float, chip: Chip, repeat: int = 1, beside: str = ""):
-    """Compiles a program and prints its row. Returns the ms that `repeat` runs of it take."""
+def plan(name: str, lowered, params: float, chip: Chip, repeat: int = 1, beside: str = "", held=()):
+    """Compiles a program and prints its row. Returns the ms that `repeat` runs of it take.
+
+    `held` are arrays that lie on the chips meanwhile, though it does not take them.
+    """
     begin = time.monotonic()
     compiled = lowered.compile()
     seconds = time.monotonic() - begin
@@ -121,7 +124,10 @@ def plan(name: str, lowered, params: float, chip: Chip, repeat: int = 1, beside:
     step = max(arithmetic, traffic) + links
     kinds = " + ".join(f"{n} {kind}" for kind, n in counts.items()) or "no collectives"
     used = (memory.argument_size_in_bytes + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 2**30
+            + memory.temp_size_in_bytes - memory.alias_size_in_bytes)
+    used += sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape))
+                for a in jax.tree.leaves(held))
+    used /= 2**30
     print(f"{name:25s} {params / 1e6:6.1f} M {arithmetic:8.1f} ms {traffic:9.1f} ms "
           f"{links:9.2f} ms {step:7.1f} ms {used:7.2f} GiB {seconds:10.0f} s   {kinds}{beside}",
           flush=True)
@@ -260,7 +266,8 @@ def plan_training(args):
     with jax.set_mesh(mesh):
         key = jax.eval_shape(jax.random.key, 0)
         lowered = gradients.lower(state.params, model, key, batch)
-        step = plan(f"gradients x {parts}", lowered, n, chip, parts)
+        held = state.ema, state.opt, state.ema if parts > 1 else ()  # the last, of their mean
+        step = plan(f"gradients x {parts}", lowered, n, chip, parts, held=held)
         lowered = update.lower(state, model, state.ema)  # gradients lie as their averages do
         step += plan("update", lowered, n, chip)
     print(f"{args.train}: {step:.0f} ms a step, {step / 1e3 * c.steps / 86400:.1f} days for the "

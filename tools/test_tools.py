@@ -24,6 +24,7 @@ from test_noise2music import (SHARDED, close, exits, leave_run, manifest, n2m, r
                               read_safetensors, reference, rng, run_sample, run_train, settings_in,
                               small, write_tone, write_tones)
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ import label
 import listen
 import plan
 import sample
+import t5_encoder
 import train
 
 compiled, data, runs = test_noise2music.compiled, test_noise2music.data, test_noise2music.runs
@@ -60,6 +62,11 @@ def test_exported_averages_sample_and_begin_another_run(tmp_path, data, monkeypa
     err = exits(capfd, export.main, tmp_path / "runs", tmp_path / "runs")  # itself: no
     assert "a checkpoint that training goes on from" in err
     export.main([str(tmp_path / "runs"), str(demo)])  # a second time: yes
+    t5_encoder.save_t5(tmp_path / "other" / "t5", t5_encoder.random_t5(["another one"], 1))
+    leave_run(tmp_path / "other", small("waveform_cascader"))
+    err = exits(capfd, export.main, tmp_path / "other", demo)
+    assert "would hold models of more than one T5" in err
+    assert not (demo / "waveform_cascader").exists()
     assert read_safetensors(last(tmp_path / "runs"))[0].keys() > averages.keys()
     shutil.rmtree(tmp_path / "runs")
     run_train(name, "--data", data, "--init", last(demo), "--out", tmp_path / "more", "--steps", 1,
@@ -95,6 +102,17 @@ def test_the_tpu_compiler_accepts_a_step_of_sampling_and_of_training(capsys, mon
     assert "--accumulate 2 --model-parallel 2 --bf16 --remat` runs" in header
     assert gradients.startswith("gradients x 2 ") and "all-reduce" in gradients
     assert update.startswith("update ") and "for the 840000 steps" in total
+
+
+def test_a_plan_counts_what_lies_on_a_chip_meanwhile(capsys):
+    """An array of which each has 4 GiB, beside a program of a few bytes."""
+    mesh, chip = n2m.make_mesh(1, jax.devices()[:4]), plan.CHIPS["v4"]
+    program = jax.jit(lambda a: a + 1).lower(jnp.ones(8))
+    held = plan.across(mesh, [plan.array(4 * mesh.size, 2**28)])
+    plan.plan("x", program, 1e6, chip._replace(memory=4.1), held=held)
+    assert " 4.00 GiB" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="4.0 GiB do not fit a chip of 3.9 GiB"):
+        plan.plan("x", program, 1e6, chip._replace(memory=3.9), held=held)
 
 
 def test_a_step_is_measured_here(capsys):
@@ -400,6 +418,7 @@ def test_odd_captions_names_and_links(toy, capfd):
     'A 12" single, the "A" side. |It is fast.',
     "P!nk sings loudly. |will.i.am raps. |AC/DC rocks.",
     "No. |No voices. |In 4/4. |Yes! |(It is noisy.) |She is off key.",
+    "A band from the U.S. with strings, 120 b.p.m. and loud. |The end.",
     "1. One line\n|- and another."])
 def test_a_caption_is_split_into_sentences(text):
     expected = [re.sub(r"^(1\.|-) ", "", sentence.strip()) for sentence in text.split("|")]
@@ -519,7 +538,8 @@ def test_prompts_of_the_evaluation_sets(toy, capfd):
     audioset_of("music", 300, 500, 400)
     write_tones("music/-0Gj8-vB1q4.wav", 300), Path("music/f").mkdir()
     write_tones("music/f/a-30-59.mp3", 300, rate=16_000)
-    Path("musiccaps-public.csv").write_text(MUSICCAPS)
+    without = "NoCaptionAtA,30,40,,['slow'],,4,False,True\n"
+    Path("musiccaps-public.csv").write_text(MUSICCAPS + without)
     Path("annotations_final.csv").write_text(
         '"clip_id"\t"no voice"\t"hard rock"\t"1"\t"mp3_path"\n'
         '"2"\t"1"\t"0"\t"0"\t"f/a-30-59.mp3"\n"6"\t"1"\t"1"\t"0"\t"f/b-0-29.mp3"\n'
@@ -604,6 +624,8 @@ def test_evaluate_reads_folders_and_what_the_samples_were_sampled_from(toy, capf
         write_tones(f"music/{n}.wav", real)
     cosines = lambda *hz: np.mean(np.cos(np.array(hz) / 1000))
     argv = capfd, "out", "music", "--audio-embedder", "toy:audio", "--text-embedder", "toy:text"
+    err = exits(capfd, evaluate.main, "scores", "out", ".", *argv[3:])
+    assert ".: holds samples in a folder below it" in err
     result, _ = evaluated(*argv)  # no captions beside the music: the prompts
     out, music = np.exp(0.45j), np.exp(0.475j)  # means and deviations in the complex plane
     fad = (abs(np.cos(0.05) * out - np.cos(0.055) * music) ** 2

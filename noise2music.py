@@ -733,10 +733,9 @@ def mel_filters() -> np.ndarray:
     """(513, 80). choice: triangles of height 1, evenly over 2595 log10(1 + f / 700), to 8 kHz."""
     mels = np.linspace(0, 2595 * np.log10(1 + MEL_RATE / 2 / 700), MEL_CHANNELS + 2)
     edges = 700 * (10 ** (mels / 2595) - 1)  # Hz
-    f = np.linspace(0, MEL_RATE / 2, MEL_FFT // 2 + 1)[:, None]
-    rising = (f - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - f) / (edges[2:] - edges[1:-1])
-    return np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
+    f = np.linspace(0, MEL_RATE / 2, MEL_FFT // 2 + 1)
+    # Each is 1 at an edge of its own, 0 at all others, and linear between.
+    return np.float32([np.interp(f, edges, peak) for peak in np.eye(MEL_CHANNELS + 2)[1:-1]]).T
 
 
 def mel_window() -> np.ndarray:
@@ -781,11 +780,8 @@ def gaussian_blur(x, std, taps, axis):
     one delays x by up to 0.36 of an element. choice: the edges are repeated."""
     offsets = np.arange(taps) - taps // 2
     kernel = jax.nn.softmax(-(offsets**2) / (2 * std[:, None] ** 2))  # (B, taps), sums to 1
-    pad = [(0, 0)] * 3
-    pad[axis] = (taps // 2, taps - 1 - taps // 2)
-    padded = jnp.pad(x, pad, mode="edge")
-    shifted = [lax.slice_in_dim(padded, j, j + x.shape[axis], axis=axis) for j in range(taps)]
-    return sum(kernel[:, j, None, None] * shifted[j] for j in range(taps))
+    shifted = lambda by: jnp.take(x, np.arange(x.shape[axis]) + by, axis, mode="clip")
+    return sum(kernel[:, j, None, None] * shifted(by) for j, by in enumerate(offsets))
 
 
 def augment(model: Model, key, x, blur_axes):
@@ -848,23 +844,21 @@ def sampling_condition(model: Model, given: Condition, previous, seconds: float)
     return given
 
 
-def generate(prompts, weights, encode, seconds=30.0, seed=0, first_clip=0, progress=None):
+def generate(prompts, weights, encode, seconds=30.0, seed=0, progress=None):
     """Prompts to music, by one of ROUTES (Sec. 3.3).
 
-    prompts      B strings, one a clip
-    weights      {name: (Model, params)} in the route's order, with the Model's inference
-                 parameters; without super-resolution it stops at 16 kHz, as in Sec. 4.3.1
-    encode       (prompts, Model) -> Condition with their embeddings and mask (Sec. 3.4), where
-                 the model reads text
-    first_clip   the number of the first prompt's clip; clip i of a seed does not depend on others
-    progress     called as progress(name, done, N)
+    prompts    B strings, one a clip; clip i of a seed does not depend on the others
+    weights    {name: (Model, params)} in the route's order, with the Model's inference
+               parameters; without super-resolution it stops at 16 kHz, as in Sec. 4.3.1
+    encode     (prompts, Model) -> Condition with their embeddings and mask (Sec. 3.4), where
+               the model reads text
+    progress   called as progress(name, done, N)
     Returns {name: its output}: audio (B, seconds * rate), or log-mel (B, seconds * 100, 80)."""
     outputs, previous = {}, None
     for stage, (name, (model, params)) in enumerate(weights.items()):
         condition = sampling_condition(model, encode(prompts, model), previous, seconds)
         stage_key = jax.random.fold_in(jax.random.key(seed), stage)
-        clips = first_clip + jnp.arange(len(prompts))
-        keys = jax.vmap(partial(jax.random.fold_in, stage_key))(clips)  # (B,)
+        keys = jax.vmap(partial(jax.random.fold_in, stage_key))(jnp.arange(len(prompts)))  # (B,)
         length = round(seconds * model.rate)
         if writes_log_mel(model):
             length = -(-round(seconds * MEL_RATE) // HOP)  # frames that cover the audio
@@ -1243,15 +1237,12 @@ def griffin_lim(log_mel_frames, iterations: int = 32):
     mel = 10 ** ((50 * log_mel_frames - 40) / 20) - 10 ** (-90 / 20)  # silence, at -1, becomes 0
     magnitude = jnp.maximum(mel @ np.linalg.pinv(mel_filters()), 0)  # (B, F, 513)
     window, pad = mel_window(), (MEL_FFT - HOP) // 2
-    F = mel.shape[1]
-    index = np.arange(F)[:, None] * HOP + np.arange(MEL_FFT)  # (F, 1024)
 
-    def overlap_add(frames):  # (..., F, 1024) -> (..., 160 F)
-        total = jnp.zeros((*frames.shape[:-2], F * HOP + 2 * pad)).at[..., index].add(frames)
-        return total[..., pad : pad + F * HOP]
+    def inverse(z):  # the least-squares inverse of `stft`: (B, F, 513) -> (B, 160 F)
+        _, x = jax.scipy.signal.istft(z, window=window, nperseg=MEL_FFT, noverlap=MEL_FFT - HOP,
+                                      boundary=False, time_axis=1, freq_axis=2)
+        return x[:, pad : x.shape[1] - pad] / window.sum()
 
-    norm = overlap_add(jnp.broadcast_to(window**2, (F, MEL_FFT)))  # least-squares inverse of `stft`
-    inverse = lambda z: overlap_add(jnp.fft.irfft(z) * window) / jnp.maximum(norm, 1e-8)
     phase = jnp.exp(2j * jnp.pi * jax.random.uniform(jax.random.key(0), magnitude.shape))
     for _ in range(iterations):
         spectrum = stft(inverse(magnitude * phase))

@@ -338,6 +338,9 @@ def run(args):
         out = args.out / clip_name(i, len(entries)) if args.prompts else args.out
         jobs.append(Job(prompt, seed, seconds, out))
     check_writable(jobs[0].out)
+    own = {path.with_suffix(".json") for job in jobs for path in clip_paths(job.out, args.num)}
+    if args.prompts and (others := {*args.out.glob("[0-9]*.json")} - own):
+        warn(f"{args.out}: holds {len(others)} clips of other prompts; evaluate.py counts them too")
     print(f"{args.route} route on {mesh.size} x {jax.devices()[0].device_kind}: " + ", ".join(
         f"{name} {n2m.param_count(model) / 1e6:.1f} M" for name, (model, _) in weights.items()),
         file=sys.stderr)

@@ -211,18 +211,16 @@ def regular(path):
 def read_lines(path):
     """The lines of a file in UTF-8, with or without a byte order mark. They end in a newline and in
     nothing else: a caption may hold U+2028."""
-    data, lines = regular(path).read_bytes(), []
-    utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-    data = data.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n")
-    for number, line in enumerate(data.split(b"\n"), 1):
-        try:
-            lines.append(line.removesuffix(b"\r").decode())
-            check(b"\0" not in line, "as UTF-16 has it")
-        except ValueError:
-            seems = "UTF-16" if utf16 or b"\0" in line else "Latin-1"
-            raise ValueError(f"{path}:{number}: is not UTF-8 but, it seems, {seems}; save the file "
-                             "as UTF-8") from None
-    return lines
+    data = regular(path).read_bytes().removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n")
+    try:
+        text = data.decode()
+        check("\0" not in text, "as UTF-16 has it")
+    except ValueError as error:
+        number = 1 + data.count(b"\n", 0, getattr(error, "start", data.find(b"\0")))
+        seems = "UTF-16" if b"\0" in data or data[:2] in (b"\xff\xfe", b"\xfe\xff") else "Latin-1"
+        raise ValueError(f"{path}:{number}: is not UTF-8 but, it seems, {seems}; save the file as "
+                         "UTF-8") from None
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def parse_json(text):
@@ -246,12 +244,11 @@ def remove_parts(folder):
     for part in folder.glob("*.part"):
         name, *end = part.name.rsplit(".", 2)
         if name.endswith("." + platform.node()) and end[0].isdigit():
-            try:
-                os.kill(int(end[0]), 0)  # is it there?
-            except ProcessLookupError:
-                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
-            except OSError:
-                pass  # there, and another user's
+            with contextlib.suppress(OSError):  # there, or another user's
+                try:
+                    os.kill(int(end[0]), 0)  # is it there?
+                except ProcessLookupError:
+                    shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -639,6 +639,8 @@ def text_encoder(args, model: n2m.Model, metadata: dict, captions: list[str]):
     length = model.training.token_length
     if cut := sum(encoder.count_tokens(text) >= length for text in captions):
         warn(f"{cut} of {len(captions)} captions are cut to {length - 1} tokens")
+    if unknown := sum(not encoder.count_tokens(text) for text in captions):
+        warn(f"the text encoder knows no word of {unknown} of {len(captions)} captions")
     words = sorted({word for text in captions for word in words_of(text)})
     metadata = metadata | {
         "t5": given and str(Path(given).resolve()), "t5_fingerprint": encoder.fingerprint,
@@ -662,6 +664,9 @@ def lock(path: Path):
         file.seek(0)
         raise ValueError(f"{path.parent}: {file.read()} writes into it; stop it, or name another "
                          "folder") from None
+    except OSError as error:  # a file system without locks does not say where
+        error.filename = str(path)
+        raise
     file.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
     return file
@@ -976,6 +981,8 @@ def keep_programs():
 
     try:
         home = jax.config.jax_compilation_cache_dir or Path.home() / ".cache" / "noise2music"
+        if "://" in str(home):  # a bucket, into which JAX writes itself
+            return
         (folder := Path(home)).mkdir(parents=True, exist_ok=True)
         (probe := own_part(folder / "probe")).touch()
         probe.unlink()

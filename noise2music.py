@@ -780,8 +780,11 @@ def gaussian_blur(x, std, taps, axis):
     one delays x by up to 0.36 of an element. choice: the edges are repeated."""
     offsets = np.arange(taps) - taps // 2
     kernel = jax.nn.softmax(-(offsets**2) / (2 * std[:, None] ** 2))  # (B, taps), sums to 1
-    shifted = lambda by: jnp.take(x, np.arange(x.shape[axis]) + by, axis, mode="clip")
-    return sum(kernel[:, j, None, None] * shifted(by) for j, by in enumerate(offsets))
+    pad = [(0, 0)] * 3
+    pad[axis] = (taps // 2, taps - 1 - taps // 2)
+    padded = jnp.pad(x, pad, mode="edge")
+    shifted = [lax.slice_in_dim(padded, j, j + x.shape[axis], axis=axis) for j in range(taps)]
+    return sum(kernel[:, j, None, None] * shifted[j] for j in range(taps))
 
 
 def augment(model: Model, key, x, blur_axes):

@@ -252,22 +252,30 @@ def remove_parts(folder):
 
 
 @contextlib.contextmanager
+def naming(path):
+    """An OSError from within names the path. A full disk, or one without locks, does not say it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+@contextlib.contextmanager
 def whole_file(path):
     """A binary file to write, which has its name once all of it is on the disk; or never, on any
     error. An OSError names the path. Folders are made."""
     path = Path(path)
     part = own_part(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_parts(path.parent)
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:  # a full disk does not say where
-        error.filename, error.filename2 = str(path), None
-        raise
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_parts(path.parent)
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
             part.unlink()

@@ -52,7 +52,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import noise2music as n2m
 import t5_encoder
-from t5_encoder import check, own_part, parse_json, read_lines, regular, whole_file
+from t5_encoder import check, naming, own_part, parse_json, read_lines, regular, whole_file
 
 # ---- The data set (Secs. 3.6 and 4.1) ----
 
@@ -636,10 +636,10 @@ def text_encoder(args, model: n2m.Model, metadata: dict, captions: list[str]):
     check(metadata["t5_fingerprint"] in (None, encoder.fingerprint),
           f"{given or own}: not the text encoder that {args.model} was trained with so far; leave "
           "--t5 out")
-    length = model.training.token_length
-    if cut := sum(encoder.count_tokens(text) >= length for text in captions):
+    length, counts = model.training.token_length, [*map(encoder.count_tokens, captions)]
+    if cut := sum(count >= length for count in counts):
         warn(f"{cut} of {len(captions)} captions are cut to {length - 1} tokens")
-    if unknown := sum(not encoder.count_tokens(text) for text in captions):
+    if unknown := counts.count(0):
         warn(f"the text encoder knows no word of {unknown} of {len(captions)} captions")
     words = sorted({word for text in captions for word in words_of(text)})
     metadata = metadata | {
@@ -659,14 +659,12 @@ def lock(path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with naming(path):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise ValueError(f"{path.parent}: {file.read()} writes into it; stop it, or name another "
                          "folder") from None
-    except OSError as error:  # a file system without locks does not say where
-        error.filename = str(path)
-        raise
     file.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
     return file
@@ -743,12 +741,8 @@ def read_log(path: Path, wanted: Callable = lambda entry: True) -> list[dict]:
 
 
 def append_log(path: Path, entry: dict):
-    try:
-        with path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-    except OSError as error:  # a full disk does not say where
-        error.filename = str(path)
-        raise
+    with naming(path), path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def last_good(folder: Path) -> str:

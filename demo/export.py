@@ -19,20 +19,19 @@ from train import checkpoints, load_checkpoint, new_parser, run_command, write_c
 
 
 def export(args):
-    last = {name: (checkpoints(args.runs / name) or checkpoints(args.out / name))[-1:]
-            for name in n2m.MODELS}
-    encoders = {load_checkpoint(path, name, lambda _: False)[2]["t5_fingerprint"]
-                for name, paths in last.items() for path in paths}
-    check(len(encoders - {None}) < 2,
-          f"{args.out}: would hold models of more than one T5; name another DIR")
-    for name in n2m.MODELS:
-        if not (found := checkpoints(args.runs / name)):
+    last = {name: found[-1] for name in n2m.MODELS
+            if (found := checkpoints(args.runs / name) or checkpoints(args.out / name))}
+    loaded = {name: load_checkpoint(path, name, lambda tensor: tensor.startswith("ema/"))
+              for name, path in last.items()}
+    encoders = {metadata["t5_fingerprint"] for _, _, metadata in loaded.values()} - {None}
+    check(len(encoders) < 2, f"{args.out}: would hold models of more than one T5; name another DIR")
+    for name, (model, tensors, metadata) in loaded.items():
+        if not checkpoints(args.runs / name):
             continue
-        path, older = args.out / name / found[-1].name, checkpoints(args.out / name)
+        path, older = args.out / name / last[name].name, checkpoints(args.out / name)
         for each in older:
             check("step" not in read_safetensors(each)[0],
                   f"{each}: a checkpoint that training goes on from; name another DIR")
-        model, tensors, metadata = load_checkpoint(found[-1], name, lambda n: n.startswith("ema/"))
         if metadata["t5_fingerprint"]:
             t5, copy = Path(metadata["t5"] or args.runs / "t5"), args.out / "t5"
             if t5.resolve() != copy.resolve():

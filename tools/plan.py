@@ -123,11 +123,10 @@ def plan(name: str, lowered, params: float, chip: Chip, repeat: int = 1, beside:
         cost["flops"] / chip.flops, cost["bytes accessed"] / chip.hbm, sent / chip.links))
     step = max(arithmetic, traffic) + links
     kinds = " + ".join(f"{n} {kind}" for kind, n in counts.items()) or "no collectives"
-    used = (memory.argument_size_in_bytes + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes - memory.alias_size_in_bytes)
-    used += sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape))
-                for a in jax.tree.leaves(held))
-    used /= 2**30
+    beside_it = sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape))
+                    for a in jax.tree.leaves(held))
+    used = (memory.argument_size_in_bytes + memory.output_size_in_bytes + beside_it
+            + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 2**30
     print(f"{name:25s} {params / 1e6:6.1f} M {arithmetic:8.1f} ms {traffic:9.1f} ms "
           f"{links:9.2f} ms {step:7.1f} ms {used:7.2f} GiB {seconds:10.0f} s   {kinds}{beside}",
           flush=True)

@@ -1166,14 +1166,15 @@ def with_input_band(x, low_fi, rate: int, low_rate: int):
 
 @partial(jax.jit, static_argnames=("rate", "hz"))
 def without_hum(x, rate: int, hz: float):
-    """Audio (B, T, C) at `rate` without what is within 3 Hz of hz, 2 hz, 3 hz, ...
+    """Audio (B, T, C) at `rate` without what is within some 3 Hz of hz, 2 hz, 3 hz, ...
 
     Up-sampling leaves a tone at the rate of the layer below (Pons et al., 2020). It is a fortieth
     of the error of eps, so no loss sees it; but it has the same phase at every step, and in a rest
-    it stands 28 dB above the noise around it. Music has next to nothing in these few hertz."""
+    it stands 28 dB above the noise around it. Music has next to nothing in these few hertz. The
+    filter is soft: a sharp one rings, and puts what it takes from loud music into the rests."""
     frequency = jnp.fft.rfftfreq(x.shape[1], 1 / rate)
     nearest = hz * jnp.maximum(1, jnp.round(frequency / hz))
-    kept = jnp.abs(frequency - nearest) > 3
+    kept = 1 - jnp.exp(-(((frequency - nearest) / 2) ** 2))  # by half at 1.7 Hz, nothing at 5
     spectrum = jnp.fft.rfft(x, axis=1) * kept[:, None]
     return jnp.clip(jnp.fft.irfft(spectrum, x.shape[1], axis=1), -1, 1)
 

@@ -975,7 +975,7 @@ def table_6(generated, ground_truth, text=None, seed: int = 0) -> dict:
 # SHARDING says along which of the two each logical axis of an array is split; GSPMD (Xu et al.,
 # 2021) derives the rest. choice: all of the table; to split otherwise, change it alone.
 
-SHARDING = {     # parameters, activations   EMA, Adam's moments (ZeRO: Rajbhandari et al., 2020)
+SHARDING = {     # parameters, activations   gradients, EMA, moments (ZeRO: Rajbhandari et al. 2020)
     "batch":     ("data",                    None),
     "channels":  (None,                      "data"),   # between the boxes of Figs. 1 and 5
     "hidden":    ("model",                   "model"),  # within a block, a feed-forward
@@ -994,7 +994,7 @@ def make_mesh(model: int = 1, devices=None) -> jax.sharding.Mesh:
 
 
 def partition(mesh, shape, axes, column=0) -> PartitionSpec:
-    """How SHARDING splits an array. ValueError where an axis does not divide among its devices.
+    """How SHARDING splits an array. ValueError where an axis does not divide, or two share devices.
 
     The second column only saves memory, so what does not divide there stays whole."""
     spec = [SHARDING[axis][column] for axis in axes]
@@ -1202,8 +1202,8 @@ def tiny(model: Model) -> Model:
 
     A stride of S folds S frames of 80 channels into one vector; if that is much narrower than 80 S,
     noise and music cannot be told apart. So the spectrogram generator strides by 2 first, not by 4.
-    The log-mel enters the vocoder at the bottom, so only blocks of the way up see it. A stride of 2
-    comes last there, so that these are many, wide and of a low rate. The generators spend blocks
+    The log-mel enters the vocoder at the bottom: only blocks on the way up see it. The vocoder's
+    last stride is 2, so the first of them are wide and of a low rate. The generators spend blocks
     where a frame is the attack of a note, and none at the last depth, where one is a second."""
     base, kernel, strides, channels, blocks, t_max, steps, hum = TINY[model.name]
     unet = replace(model.unet, base_dimension=base, kernel_size=kernel, strides=strides,
@@ -1212,9 +1212,9 @@ def tiny(model: Model) -> Model:
         model.training, steps=2_000, batch_size=8,
         seconds=5.12 if model.training.seconds == 30 else 1.28,
         learning_rate=1e-3, warmup_steps=100, decay_steps=20_000,
-        # Under Table 2's schedules noise is louder than quiet music at most t (`cosine_quiet`). Up
-        # to Sec. 4.1's t_max so it is in the conditioning input too, which a short run then learns
-        # to ignore. So: quieter schedules, a smaller t_max, half the blur.
+        # Under Table 2's schedules noise is louder than quiet music at most t (`cosine_quiet`).
+        # With Sec. 4.1's t_max it also drowns the conditioning input, and a short run learns to
+        # ignore that. So: quieter schedules, a smaller t_max, half the blur.
         noise_schedule="cosine" if writes_log_mel(model) else "cosine_quiet",
         t_max=t_max, blur_std=tuple(std / 2 for std in model.training.blur_std),
         # A model without text must learn to find tones in loud noise. The quiet schedules have
@@ -1258,17 +1258,17 @@ def griffin_lim(log_mel_frames, iterations: int = 32):
 def log_mel_statistics(audio):
     """An embedder to try things with: mean and deviation of each log-mel channel in each second.
 
-    (B, samples) -> (B, F, 160). It knows loudness and spectrum, and nothing of music: its FAD
-    compares with no published one."""
+    (B, samples) -> (B, F, 160), F whole seconds. It knows loudness and spectrum, nothing of music:
+    its FAD compares with no published one."""
     seconds = audio.shape[1] // MEL_RATE
     frames = log_mel(audio)[:, : 100 * seconds].reshape(len(audio), seconds, 100, MEL_CHANNELS)
     return jnp.concatenate([frames.mean(axis=2), frames.std(axis=2)], axis=-1)
 
 
 def fad_infinity(x, reference: Gaussian, seed: int = 0, sizes: int = 15) -> float:
-    """FAD of infinitely many generated x (N, E): a line through FAD against 1 / n, read off at 0.
+    """FAD of infinitely many generated x (N, E), N > 7: a line through FAD over 1 / n, read at 0.
 
-    Chong & Forsyth (2020); for FAD, Gui et al. (2023). The reference stays as it is. 15 sizes from
+    Chong & Forsyth (2020); for FAD, Gui et al. (2023). The reference stays as it is. Sizes n from
     N / 4 to N are drawn without replacement (with it the limit would be the FAD of these N clips,
     not of infinitely many). Noise can make it negative."""
     n = np.linspace(len(x) // 4, len(x), sizes).astype(int)
@@ -1306,6 +1306,6 @@ if __name__ == "__main__":
     for route, names in ROUTES.items():
         rates = (f"{name} ({MODELS[name].rate} Hz)" for name in names)
         print(f"{route} route: prompt -> {' -> '.join(rates)}")
-    print("Of each depth's blocks as many are on the way up, as long and wide as the row above.")
+    print("The way up repeats each depth's blocks, at the length and width of the row above.")
     for model in MODELS.values():
         print(f"\n{describe(model)}")

@@ -97,7 +97,8 @@ def load_weights(args, stages: list[str], mesh):
             reads_text[name] = metadata
     check(reads_text, f"--route {args.route}: no model of it reads text")
     first = next(iter(reads_text.values()))
-    folder = Path(args.t5 or first["t5"] or args.models / "t5")
+    named = next((metadata["t5"] for metadata in reads_text.values() if metadata["t5"]), None)
+    folder = Path(args.t5 or named or args.models / "t5")
     text_encoder = t5_encoder.load_text_encoder(folder)
     for name, metadata in reads_text.items():
         check(metadata["t5_fingerprint"] == text_encoder.fingerprint,
@@ -337,7 +338,8 @@ def run(args):
         seconds = entry.get("seconds") or args.seconds or max(SECONDS, models[0].training.seconds)
         out = args.out / clip_name(i, len(entries)) if args.prompts else args.out
         jobs.append(Job(prompt, seed, seconds, out))
-    check_writable(jobs[0].out)
+    for path in clip_paths(jobs[0].out, args.num):
+        check_writable(path)
     own = {path.with_suffix(".json") for job in jobs for path in clip_paths(job.out, args.num)}
     if args.prompts and (others := {*args.out.glob("[0-9]*.json")} - own):
         warn(f"{args.out}: holds {len(others)} clips of other prompts; evaluate.py counts them too")

@@ -244,7 +244,7 @@ def remove_parts(folder):
     for part in folder.glob("*.part"):
         name, *end = part.name.rsplit(".", 2)
         if name.endswith("." + platform.node()) and end[0].isdigit():
-            with contextlib.suppress(OSError):  # there, or another user's
+            with contextlib.suppress(OSError, ValueError, OverflowError):  # there, another's, odd
                 try:
                     os.kill(int(end[0]), 0)  # is it there?
                 except ProcessLookupError:

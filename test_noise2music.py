@@ -1814,7 +1814,9 @@ REFUSALS = [  # script, command line, words of the line in which it refuses it w
         ("", "--data"),
         ("--data {data} --overfit {data}/0.wav", "not allowed with"),
         ("--data {data} --init {data}/0.wav", "not allowed with"),
+        ("--data {data}:1e308", "--data"), ("--data {tmp}/dangling", "captions.jsonl"),
         ("--data {data} --batch-size 0", "--batch-size"),
+        (f"--data {{data}} --steps {10**400}", "--steps"),
         ("--data {data} --accumulate 3", "--accumulate"),
         ("--data {data} --learning-rate nan", "--learning-rate"),
         ("--data {data} --learning-rate inf", "--learning-rate"),
@@ -1846,7 +1848,8 @@ REFUSALS = [  # script, command line, words of the line in which it refuses it w
         ("--model-parallel 99", "is more than the"), ("--t5 {tmp}/t5", "not the T5 encoder")]),
     *((sample, f"--models {{runs}} {argv}", words) for argv, words in [
         ("", "give a prompt"), ("'  ' -o {tmp}/out/x.wav", "the prompt is empty"),
-        ("slow -o {tmp}/a.wav", "is a folder"), ("slow -o {tmp}/out/x.mp3", ".wav"),
+        ("slow -o {tmp}/a.wav", "is a folder"), ("slow -o {tmp}/b.wav --num 2", "is a folder"),
+        ("slow -o {tmp}/out/x.mp3", ".wav"),
         ("slow -o {tmp}/file/x.wav", "file/x.wav: cannot be written"),
         ("--prompts {tmp}/absent", "absent"), ("--prompts {tmp}/file", "no prompt"),
         ("--prompts {tmp}/bad.jsonl", "bad.jsonl:2"),
@@ -1868,6 +1871,10 @@ def places(tmp_path_factory, data, runs):
     broken = manifest(tmp / "broken", {"audio": "a.wav", "long": ["x"]})
     (broken / "a.wav").write_bytes(b"RIFF....WAVE")
     (tmp / "a.wav").mkdir()
+    (tmp / "b-1.wav").mkdir()
+    (tmp / "dangling").mkdir()
+    (tmp / "dangling" / "captions.jsonl").symlink_to(tmp / "nowhere")
+    write_tone(tmp / "dangling" / "a.wav", 1.0)
     for name, text in [("bad", 'good\n{"prompt": \n'), ("odd", '{"prompt": "x", "sed": 1}'),
                        ("long", '{"prompt": "x", "seconds": 601}'), ("number", '{"prompt": 5}'),
                        ("blank", '{"prompt": ""}'), ("space", '{"prompt": " "}')]:
@@ -2019,6 +2026,18 @@ def runs(tmp_path_factory):
 
 run_sample = lambda *argv: sample.main([str(a) for a in argv])
 settings_in = lambda folder: [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
+
+
+def test_the_t5_of_a_route_is_where_any_of_its_models_says(tmp_path, runs):
+    """Links to a generator that names none, beside a cascader that was trained with --t5."""
+    for name in PAPER_ROUTES["waveform"][:2]:
+        shutil.copytree(runs / name, tmp_path / name)
+    path, = (tmp_path / "waveform_cascader").glob("*.safetensors")
+    model, tensors, metadata = train.load_checkpoint(path, "waveform_cascader")
+    train.write_checkpoint(path, tensors, model, metadata | {"t5": str(runs / "t5")})
+    run_sample("slow piano", "-o", tmp_path / "x.wav", "--models", tmp_path, "--no-superres",
+               "--seconds", 0.3)
+    assert soundfile.info(tmp_path / "x.wav").frames == 4_800
 
 
 def test_a_prompt_becomes_a_wav_by_each_route(tmp_path, runs):
@@ -2210,6 +2229,18 @@ def test_a_length_that_cannot_be_is_counted(tmp_path, samples):
     close(train.load_audio(path, 35, 30, 16_000), audio)
 
 
+def test_a_short_clip_of_no_known_length_is_memorised(tmp_path, small_models, monkeypatch):
+    path = write_tone(tmp_path / "a.flac", 0.5)
+    data = bytearray(path.read_bytes())
+    data[21:26] = bytes([data[21] & 0xF0, 0, 0, 0, 0])
+    path.write_bytes(data)
+    monkeypatch.setattr(train, "train", lambda args, run, folder, clips, *_: found.extend(clips))
+    found = []
+    run_train("superresolution_cascader", "--tiny", "--overfit", path, "--out", tmp_path / "out",
+              "--seconds", 1)
+    assert len(found) == 1 and train.load_clips(found, 16_000)[0].shape == (8_000,)
+
+
 def test_audio_that_cannot_be_is_refused_and_named(tmp_path):
     tone = 0.5 * np.sin(np.arange(16_000) / 9)
     spoiled = tone.copy()
@@ -2225,6 +2256,8 @@ def test_audio_that_cannot_be_is_refused_and_named(tmp_path):
             train.load_audio(tmp_path / name, 0, 1, 16_000)
         one_line(error, tmp_path / name)
     assert train.load_audio(tmp_path / "loud.wav", 0, 1, 16_000).max() > 3
+    with pytest.raises(ValueError, match="no sample at 3200 Hz there"):
+        train.load_audio(tmp_path / "loud.wav", 0.9999, 0.0001, 3_200)
 
 
 def test_one_entry_does_not_stop_a_run(tmp_path, capfd, monkeypatch):

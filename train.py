@@ -109,7 +109,7 @@ def read_tracks(folder: Path, needs_text: bool, manifest: str = "captions.jsonl"
     """The captioned tracks of a data folder. What is wrong with one is reported, and it skipped."""
     check(folder.is_dir(), f"{folder}: no such folder; give one of audio and captions (see --help)")
     path = folder / manifest
-    if path.exists():
+    if os.path.lexists(path):
         lines = [(f"{path}:{n}", line) for n, line in enumerate(read_lines(path), 1)
                  if line.strip()]
         parse = lambda line: parse_caption(folder, line, needs_text)
@@ -123,7 +123,8 @@ def read_tracks(folder: Path, needs_text: bool, manifest: str = "captions.jsonl"
         lines = [(file, file) for file in files if file.suffix.lower() in AUDIO]
 
         def parse(file):
-            captions = read_lines(texts[stem]) if (stem := file.with_suffix("")) in texts else []
+            text = texts.get(file.with_suffix("")) if needs_text else None
+            captions = read_lines(text) if text else []
             entry = {"audio": str(file.relative_to(folder)), "long": captions}
             return parse_caption(folder, json.dumps(entry), needs_text)
 
@@ -213,6 +214,7 @@ def find_clips(tracks: list[Track], most: int = CLIPS_PER_TRACK) -> list[Clip]:
 
 def load_audio(path: Path, start: float, seconds: float, rate: int) -> np.ndarray:
     """`seconds` of a file, mono at `rate` Hz, filled up with silence: float32 (seconds * rate,)."""
+    check(round(seconds * rate), f"has no sample at {rate} Hz there")
     with open_audio(path) as file:
         first = min(round(start * file.samplerate), file.frames)
         if file.seekable():
@@ -298,7 +300,7 @@ def example_maker(clips: list[Clip], model: n2m.Model, seed: int, count_tokens=N
             clip = clips[rng.integers(len(clips)) if k else order(epoch)[i]]
             if (audio := audio_or_none(clip)) is not None:
                 break
-        check(audio is not None, f"{clip.track.path}: this file and 99 others cannot be decoded")
+        check(audio is not None, f"{clip.track.path}: it and 99 other draws cannot be decoded")
         # Sec. 4.1: "the entire 30-second representation" for the generators, "randomly sampled
         # snippets" for the rest. choice: silence where a file is shorter.
         start = rng.integers(max(len(audio) - samples, 0) + 1)
@@ -836,18 +838,18 @@ def number(kind: type, low, high=math.inf) -> Callable:
 
     def parse(text):
         value = kind(text)
-        check(low <= value <= high and math.isfinite(value), "out of range")
+        check(low <= value <= high and abs(value) != math.inf, "out of range")
         return value
 
     parse.__name__ = f"{kind.__name__} from {low} to {high}"  # argparse says it
     return parse
 
 
-count, share = number(int, 1), number(float, 0, 1)
+count, share = number(int, 1, 10**8 - 1), number(float, 0, 1)  # names of checkpoints: 8 digits
 OVERRIDES = {  # fields of TrainingConfig that have an option each
     "steps": dict(type=count, help="training steps"),
     "batch_size": dict(type=count, help="clips a step"),
-    "seconds": dict(type=number(float, 0.01, CLIP_SECONDS), help="what a step sees of a clip"),
+    "seconds": dict(type=number(float, 0.1, CLIP_SECONDS), help="what a step sees of a clip"),
     "learning_rate": dict(type=number(float, 1e-30), help="peak of Adam's learning rate"),
     "warmup_steps": dict(type=number(int, 0), help="linear warm-up"),
     "decay_steps": dict(type=count, help="end of the cosine"),
@@ -864,7 +866,7 @@ def folder_and_weight(text: str):
     path, _, weight = text.rpartition(":")
     if not path or os.path.isdir(text):
         return Path(text), None
-    return Path(path), number(float, 1e-9)(weight)
+    return Path(path), number(float, 1e-9, 1e9)(weight)
 
 
 folder_and_weight.__name__ = "DIR:WEIGHT (a number above 0)"  # argparse says it
@@ -937,7 +939,8 @@ def run(args):
     model, n = begun.model, n2m.param_count(begun.model)
     if args.overfit:  # the beginning of the clip in the middle
         clips = track_clips(tracks[0])
-        clips = [clips[len(clips) // 2]._replace(seconds=model.training.seconds)]
+        clip = clips[len(clips) // 2]
+        clips = [clip._replace(seconds=min(clip.seconds, model.training.seconds))]
     else:
         clips = mixed_clips(args.data, folders)
     mesh, parts = mesh_and_parts(args, model.training.batch_size, begun.metadata.get("parts"))

@@ -15,7 +15,6 @@ ones tell most about how quiet the noise is. Tempo is the number of onsets a sec
 (Boeck & Widmer, 2013). The result says how far that is from the score's on real clips.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -299,7 +298,8 @@ def stages(args):
 
 
 def picture(args):
-    audio, rate = librosa.load(args.wav, sr=None)
+    with train.open_audio(args.wav) as file:
+        audio, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
     power = librosa.feature.melspectrogram(y=audio, sr=rate, n_fft=2048, hop_length=256, n_mels=128)
     figure, axes = pyplot.subplots(figsize=(8, 2.5), dpi=80, layout="constrained")
     level = librosa.power_to_db(power, ref=np.max)
@@ -308,26 +308,18 @@ def picture(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = train.new_parser("check.py", __doc__)
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("prompts")
-    command.add_argument("out", type=Path)
-    command.add_argument("--seed", type=int, default=1)
-    command.set_defaults(run=prompts)
-    command = commands.add_parser("clips")
-    command.add_argument("data", type=Path)
-    command.add_argument("clips", type=Path)
-    command.set_defaults(run=clips)
-    command = commands.add_parser("stages")
-    command.add_argument("data", type=Path)
-    command.add_argument("--models", type=Path, default=Path(__file__).parent)
-    command.add_argument("-n", type=int, default=72)
-    command.set_defaults(run=stages)
-    command = commands.add_parser("picture")
-    command.add_argument("wav", type=Path)
-    command.add_argument("png", type=Path)
-    command.set_defaults(run=picture)
+    places = {prompts: ["out"], clips: ["data", "clips"], stages: ["data"], picture: ["wav", "png"]}
+    for run, names in places.items():
+        command = commands.add_parser(run.__name__)
+        command.set_defaults(run=run)
+        for name in names:
+            command.add_argument(name, type=Path)
+    commands.choices["prompts"].add_argument("--seed", type=int, default=1)
+    add = commands.choices["stages"].add_argument
+    add("--models", type=Path, default=Path(__file__).parent)
+    add("-n", type=int, default=72)
     args = parser.parse_args()
     train.run_command(args.run, args)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import noise2music as n2m
-from t5_encoder import check, read_safetensors
+from t5_encoder import check, load_text_encoder, read_safetensors
 from train import checkpoints, load_checkpoint, new_parser, run_command, write_checkpoint
 
 
@@ -34,8 +34,11 @@ def export(args):
                   f"{each}: a checkpoint that training goes on from; name another DIR")
         if metadata["t5_fingerprint"]:
             t5, copy = Path(metadata["t5"] or args.runs / "t5"), args.out / "t5"
+            check(load_text_encoder(t5).fingerprint == metadata["t5_fingerprint"],
+                  f"{t5}: not the T5 encoder that {name} was trained with")
             if t5.resolve() != copy.resolve():
-                shutil.copytree(t5, copy, dirs_exist_ok=True)
+                shutil.rmtree(copy, ignore_errors=True)
+                shutil.copytree(t5, copy)
         tensors = {k: v.astype(jnp.bfloat16) for k, v in tensors.items()}
         write_checkpoint(path, tensors, model, metadata | {"t5": None})
         for each in {*older} - {path}:  # one a model: sample.py would take the last

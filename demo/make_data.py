@@ -305,6 +305,9 @@ def main():
     if not args.soundfont.is_file():
         parser.exit(2, f"{args.soundfont}: no such file; apt-get install fluid-soundfont-gm, or "
                     "name another with --soundfont\n")
+    with args.soundfont.open("rb") as file:
+        if file.read(12)[8:] != b"sfbk":  # fluidsynth would play another
+            parser.exit(2, f"{args.soundfont}: not a soundfont; name an .sf2 with --soundfont\n")
     if not shutil.which("fluidsynth"):
         parser.exit(2, "fluidsynth: not installed; apt-get install fluidsynth\n")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -195,8 +195,7 @@ def main(argv=None):
         parser.error(f"no picture {', '.join(sorted(unknown))}; there are {', '.join(PICTURES)}")
     matplotlib.use("agg")
     pyplot.rcParams.update(STYLE)
-    for name in args.names:
-        PICTURES[name]()
+    train.run_command(lambda args: [PICTURES[name]() for name in args.names], args)
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def start(args):
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
         for process in ("first", "second"):
             begin = time.monotonic()
-            subprocess.run(command, check=True, env=environment, capture_output=True)
+            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
             figure("start", process=process, seconds=round(time.monotonic() - begin, 1))
 
 

@@ -73,6 +73,7 @@ def read_json_lines(path: Path, texts: tuple[str, ...] = ()) -> list[dict]:
             entry = parse_json(line or "null")
             check(not line or isinstance(entry, dict)
                   and all(isinstance(entry.get(key), str) for key in texts), "")
+            json.dumps(entry, ensure_ascii=False).encode()  # no half of a surrogate pair
             entries += [entry] if line else []
         except ValueError:
             raise ValueError(f"{path}:{n}: not a JSON object{with_texts}") from None
@@ -137,7 +138,8 @@ def raters(path: Path):
     tags = []
     for n, row in enumerate(rows, 1):
         try:  # the list is printed as Python prints it
-            tags += [" ".join(tag.split()) for tag in ast.literal_eval(row["aspect_list"] or "[]")]
+            check(isinstance(listed := ast.literal_eval(row["aspect_list"] or "[]"), list), "")
+            tags += [" ".join(tag.split()) for tag in listed]
         except (ValueError, SyntaxError, TypeError, AttributeError):
             raise ValueError(f"{path}: row {n}: aspect_list is not a list of tags") from None
     # choice: each once

@@ -73,13 +73,19 @@ def clips_of(folder: Path) -> list:
     samples = [t for t in tracks if not listed and t.path.with_suffix(".json").exists()]
     check(len(samples) in (0, len(tracks)) or any(t.path.parent == folder for t in samples),
           f"{folder}: holds samples in a folder below it; move them away")
+    stems = {t.path.stem for t in samples}  # 0000 of 0000.waveform_generator, by --keep-stages
+    if others := [t.path for t in tracks if samples and t.path.stem.split(".")[0] not in stems]:
+        warn(f"{folder}: {len(others)} of {len(tracks)} files, such as {others[0].name}, have no "
+             ".json as samples have, and are left out")
     return samples or tracks
 
 
 def text_of(track) -> str:
     """What a clip was sampled from, by the .json beside it; or its caption."""
     try:
-        return parse_json(track.path.with_suffix(".json").read_bytes())["prompt"]
+        prompt = parse_json(track.path.with_suffix(".json").read_bytes())["prompt"]
+        check(isinstance(prompt, str), "of another program")
+        return prompt
     except (OSError, ValueError, KeyError, TypeError):
         return caption_of(track)
 
@@ -305,7 +311,7 @@ def sweep(args):
     settings |= {"crc32": identity, "prompts_crc32": crc(*prompts)}
     with lock(clips / "lock"):
         done = read_log(args.out)
-        check(all(entry.get("settings") == settings for entry in done),
+        check(all(isinstance(e, dict) and e.get("settings") == settings for e in done),
               f"{args.out}: points of other settings; name another -o")
         for n, (name, changes) in list(enumerate(points, 1))[len(done) :]:
             changed = dict(weights)
@@ -406,14 +412,18 @@ def parse_args(argv):
             "Table 6's too")
         add("--text-embedder", metavar="E", help="of the last: as for `scores`")
         add("--seed", **seed)
-        return tables, parser.parse_args(argv[1:])
+        args = parser.parse_args(argv[1:])
+        if len({*args.generated}) < len(args.generated):
+            parser.error("give each folder once")
+        return tables, args
     if command == "scores":
         add("generated", type=Path, metavar="GENERATED",
             help="what sample.py --prompts wrote, or any clips, or an array")
     add("reference", type=Path, metavar="REFERENCE",
         help="real clips, with captions as train.py reads them, or an array")
     add("--audio-embedder", metavar="E", help="package.module:function")
-    add("--text-embedder", metavar="E", help="package.module:function, or an array")
+    add("--text-embedder", metavar="E",
+        help="package.module:function, or an array with a row for each clip compared")
     add("--excerpt", type=LENGTH, default=10, metavar="S",
         help="seconds from the middle of a clip (default: 10; 29 for MagnaTagATune)")
     add("--seed", **seed)

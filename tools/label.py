@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import corpora
 import noise2music as n2m
-from t5_encoder import check, read_lines, regular, whole_file
+from t5_encoder import check, naming, read_lines, regular, whole_file
 from train import (CLIP_SECONDS, CLIPS_PER_TRACK, Clip, Track, find_clips, load_clips, lock,
                    new_parser, number, open_audio, patiently, read_tracks, reason, run_command,
                    warn)
@@ -147,10 +147,14 @@ def blockwise(path: Path, shape, dtype, make: Callable, what: str, block: int = 
                 rows = np.ascontiguousarray(make(start, end := min(start + block, n)), dtype)
                 check(rows.shape == (end - start, width),
                       f"{what}: rows {rows.shape} where the first had a width of {width}")
-                file.write(rows)
-                file.flush()
+                with naming(part):
+                    file.write(rows)
+                    file.flush()
                 show(end)
+            os.fsync(file.fileno())
         os.replace(part, path)
+    whole = n * width * np.dtype(dtype).itemsize
+    check(path.stat().st_size == whole, f"{path}: is cut off; delete it")
     rows = np.memmap(path, dtype, "r+", shape=shape)
     for i in np.flatnonzero(~finite(rows[:first])):
         rows[i] = make(i, i + 1)

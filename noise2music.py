@@ -1189,7 +1189,7 @@ LOSS_WEIGHTS["velocity"] = lambda logsnr_t: 1 + jnp.exp(jnp.minimum(-logsnr_t, 5
 # fmt: off
 TINY = dict(              # base kernel strides     channels       blocks         t_max steps  hum
     waveform_generator=       (32, 7, (4,4,4,4,4,4), (1,1,2,3,4,4), (1,1,3,3,1,0), 0.0,  32,  200),
-    waveform_cascader=        (32, 7, (4,4,4,4,4),   (1,2,3,3,2),   (1,1,1,1,1),   0.05, 12, 1000),
+    waveform_cascader=        (32, 7, (4,4,4,4,4),   (1,2,3,3,2),   (1,1,1,1,1),   0.1,  12, 1000),
     spectrogram_generator=    (96, 5, (2,4,3,2,2),   (2,3,2,1,1),   (2,1,1,1,0),   0.0,  64, None),
     spectrogram_vocoder=      (32, 5, (5,4,4,2),     (2,4,7,8),     (1,2,2,2),     0.06, 24,  800),
     superresolution_cascader= (32, 7, (4,4,4,4),     (1,1,2,2),     (1,1,1,1),     0.02, 12, None),

@@ -123,8 +123,7 @@ def read_tracks(folder: Path, needs_text: bool, manifest: str = "captions.jsonl"
         lines = [(file, file) for file in files if file.suffix.lower() in AUDIO]
 
         def parse(file):
-            text = texts.get(file.with_suffix("")) if needs_text else None
-            captions = read_lines(text) if text else []
+            captions = read_lines(texts[stem]) if (stem := file.with_suffix("")) in texts else []
             entry = {"audio": str(file.relative_to(folder)), "long": captions}
             return parse_caption(folder, json.dumps(entry), needs_text)
 

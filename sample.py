@@ -97,8 +97,8 @@ def load_weights(args, stages: list[str], mesh):
             reads_text[name] = metadata
     check(reads_text, f"--route {args.route}: no model of it reads text")
     first = next(iter(reads_text.values()))
-    named = next((metadata["t5"] for metadata in reads_text.values() if metadata["t5"]), None)
-    folder = Path(args.t5 or named or args.models / "t5")
+    named = (metadata["t5"] for metadata in reads_text.values() if metadata["t5"])
+    folder = Path(args.t5 or next(named, args.models / "t5"))
     text_encoder = t5_encoder.load_text_encoder(folder)
     for name, metadata in reads_text.items():
         check(metadata["t5_fingerprint"] == text_encoder.fingerprint,

@@ -244,7 +244,7 @@ def remove_parts(folder):
     for part in folder.glob("*.part"):
         name, *end = part.name.rsplit(".", 2)
         if name.endswith("." + platform.node()) and end[0].isdigit():
-            with contextlib.suppress(OSError, ValueError, OverflowError):  # there, another's, odd
+            with contextlib.suppress(OSError, ValueError, OverflowError):  # another user's, no PID
                 try:
                     os.kill(int(end[0]), 0)  # is it there?
                 except ProcessLookupError:

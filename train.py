@@ -837,7 +837,7 @@ def number(kind: type, low, high=math.inf) -> Callable:
 
     def parse(text):
         value = kind(text)
-        check(low <= value <= high and abs(value) != math.inf, "out of range")
+        check(low <= value <= high and value < math.inf, "out of range")
         return value
 
     parse.__name__ = f"{kind.__name__} from {low} to {high}"  # argparse says it

@@ -151,7 +151,8 @@ def blockwise(path: Path, shape, dtype, make: Callable, what: str, block: int = 
                     file.write(rows)
                     file.flush()
                 show(end)
-            os.fsync(file.fileno())
+            with naming(part):
+                os.fsync(file.fileno())
         os.replace(part, path)
     whole = n * width * np.dtype(dtype).itemsize
     check(path.stat().st_size == whole, f"{path}: is cut off; delete it")

@@ -87,6 +87,7 @@ class TrainingConfig:
     beta2: float = 0.999
     ema: float = 0.9999
     occlusion: float = 0.1  # probability that a clip's text is hidden, for guidance
+    clip_norm: float | None = None  # gradients of a larger norm are scaled down to it
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def test_the_tables_field_by_field():
                         f"{u.attention_heads} {m.rate} {m.audio_rate} {m.low_rate} "
                         f"{c.batch_size} {c.seconds:g}")
         assert (c.learning_rate, c.warmup_steps, c.decay_steps, c.beta1, c.beta2, c.ema,
-                c.occlusion) == SECTION_4_1
+                c.occlusion, c.clip_norm) == (*SECTION_4_1, None)
         assert (i.sampler, i.hum, i.keep_input) == ("ddpm", None, False)  # the rest is for `tiny`
         assert {len(column) for column in columns} == {u.depth}
     assert math.prod(n2m.MODELS["spectrogram_vocoder"].unet.strides) == n2m.HOP == 160
@@ -1714,7 +1714,7 @@ def test_learning_rate_of_section_4_1(capfd):
         assert abs(-float(update[0]) - rate) < 1e-9
 
 
-def test_accumulation_averages_gradients_and_the_ema_warms_up(monkeypatch):
+def test_accumulation_averages_gradients_clipping_scales_them_and_the_ema_warms_up(monkeypatch):
     """Parts of a batch with the loss of the whole: the same update. Each has noise of its own."""
     model = small("superresolution_cascader", warmup_steps=0)  # else the first rate is 0
     keys = set()
@@ -1734,6 +1734,11 @@ def test_accumulation_averages_gradients_and_the_ema_warms_up(monkeypatch):
         expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, old, state.params)
         jax.tree.map(partial(close, rtol=1e-5, atol=1e-9), state.ema, expected)
     assert len(keys) == 4 + 2  # of the parts of step 0, and of two other steps
+    clipped = replace(model, training=replace(model.training, clip_norm=float(runs[0][3]) / 2))
+    state, *_, norm = train.train_step(begin(), clipped, 0, batch)
+    close(norm, runs[0][3], rtol=1e-5)  # as it was
+    half = jax.tree.map(lambda mu: mu / 2, runs[0][0].opt[0].mu)
+    jax.tree.map(partial(close, rtol=1e-4, atol=1e-9), state.opt[0].mu, half)
 
 
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, data, small_models, capfd):

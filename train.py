@@ -368,14 +368,17 @@ def gradients(params, model: n2m.Model, key, batch: n2m.Batch):
 
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
 def update(state: State, model: n2m.Model, grads):
-    """Sec. 4.1: a step of Adam and of the EMA. Returns the norm of the gradients too."""
+    """Sec. 4.1: a step of Adam and of the EMA. Returns the unclipped norm of the gradients too."""
     c, n = model.training, state.step
+    norm = optax.tree.norm(grads)
+    if c.clip_norm:  # for small batches, whose rare large gradients would set Adam's pace
+        grads = jax.tree.map(lambda g: g * jnp.minimum(1, c.clip_norm / norm), grads)
     updates, opt = optimizer(c).update(grads, state.opt)
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(c.ema, (1 + n) / (10 + n))  # departs: Sec. 4.1 has 0.9999
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
     state = on_mesh(State(params, ema, opt, n + 1), partial(state_layout, model))
-    return state, optax.tree.norm(grads)
+    return state, norm
 
 
 average = jax.jit(optax.incremental_update, donate_argnums=1)  # (new, old, s): s new + (1 - s) old
@@ -854,6 +857,7 @@ OVERRIDES = {  # fields of TrainingConfig that have an option each
     "decay_steps": dict(type=count, help="end of the cosine"),
     "ema": dict(type=share, help="decay of the averaged parameters"),
     "occlusion": dict(type=share, help="share of prompts hidden, for guidance"),
+    "clip_norm": dict(type=number(float, 1e-30), help="largest norm of a step's gradients"),
     "t_max": dict(type=share, help="noise augmentation up to this time"),
     "noise_schedule": dict(choices=n2m.SCHEDULES, help="one of " + ", ".join(n2m.SCHEDULES)),
     "loss_weight": dict(choices=n2m.LOSS_WEIGHTS, help="one of " + ", ".join(n2m.LOSS_WEIGHTS)),
@@ -904,7 +908,7 @@ def parse_args(argv=None):
     override = group("overrides of Table 2 and Sec. 4.1 (or of --tiny's)")
     for field in fields(n2m.TrainingConfig):
         if option := OVERRIDES.get(field.name):
-            paper = "by model" if field.default in (MISSING, 0.0) else field.default
+            paper = "by model" if field.default in (MISSING, 0.0) else field.default or "none"
             override("--" + field.name.replace("_", "-"), metavar="X",
                      **option | {"help": f"{option['help']} (paper: {paper})"})
     args = parser.parse_args(argv)

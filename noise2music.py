@@ -87,7 +87,7 @@ class TrainingConfig:
     beta2: float = 0.999
     ema: float = 0.9999
     occlusion: float = 0.1  # probability that a clip's text is hidden, for guidance
-    clip_norm: float | None = None  # gradients of a larger norm are scaled down to it
+    clip_norm: float | None = None  # not the paper's: larger gradients are scaled to it
 
 
 @dataclass(frozen=True)
@@ -338,7 +338,7 @@ def guided_eps(params, model: Model, x_t, t, condition: Condition):
 def dynamic_clip(x0_hat, q=0.995):
     """Sec. 3.1, Saharia et al. (2022b): x0_hat is clipped to [-s, s] and divided by s. (B, T, C).
 
-    s, which is not Eq. 4's, is a percentile of |x0_hat| in each clip, and at least 1, the range of
+    s, not Eq. 4's time s, is a percentile of |x0_hat| in each clip, and at least 1, the range of
     audio and log-mel. choice: the 99.5th. choice: Sec. 3.1 clips "due to CFG"; we clip the two
     models without CFG too, since Eq. 4 needs an x0_hat in range."""
     s = percentile(jnp.abs(x0_hat).reshape(x0_hat.shape[0], -1), q)  # (B,)
@@ -351,18 +351,16 @@ def dynamic_clip(x0_hat, q=0.995):
 def denoising_times(deltas, steps: int | None = None) -> np.ndarray:
     """Sec. 4.2.1: t_n = sum of the first n step sizes, t_0 = 0 < ... < t_N = 1. float64 (N + 1,).
 
-    `steps` resamples it to another N; Sec. 4.6 scales the step sizes "inverse-proportionally".
+    `steps` resamples them to as many; Sec. 4.6 scales the step sizes "inverse-proportionally".
     choice: the cumulative curve is interpolated linearly, since half of the vocoder's 15 or 5 equal
     steps is no whole number."""
-    times = np.concatenate([[0.0], np.cumsum(deltas)])
+    times, N = np.concatenate([[0.0], np.cumsum(deltas)]), len(deltas)
     times /= times[-1]  # numerics: pins t_N = 1
-    if steps is None:
-        return times
-    return np.interp(np.linspace(0, len(deltas), steps + 1), np.arange(len(deltas) + 1), times)
+    return np.interp(np.linspace(0, N, (steps or N) + 1), np.arange(N + 1), times)
 
 
 class Update(NamedTuple):
-    """The coefficients of N updates from t to s (Eq. 4): arrays (N,), that of t = 1 first."""
+    """The coefficients of N updates from t to s (Eq. 4), from t = 1 on: arrays (N,)."""
     t: np.ndarray
     alpha_t: np.ndarray
     sigma_t: np.ndarray
@@ -448,7 +446,7 @@ def sample(params, model: Model, condition: Condition, keys, length: int, progre
 # SHARDING), initialiser. Read (B, ..., T, C) as (B, T, C): only on a TPU is there an axis between,
 # where clips are cut into pieces (`on_a_tpu_in_pieces`).
 
-@dataclass(frozen=True)  # no NamedTuple: JAX then takes a Param for a leaf
+@dataclass(frozen=True)  # not a NamedTuple: JAX would take that apart
 class Param:
     shape: tuple[int, ...]
     axes: tuple[str, ...]  # keys of SHARDING
@@ -678,7 +676,7 @@ def unet(params, cfg: UNetConfig, x_t, t, condition: Condition, text_on):
         skips.append(h)
 
     h = skips.pop()  # the bottom of the U: (B, T / prod(strides), C_D)
-    if condition.aligned is not None:  # Sec. 3.3.2: the vocoder's log-mel
+    if cfg.aligned_channels:  # Sec. 3.3.2: the vocoder's log-mel
         h = h + linear_layer(params["aligned"], condition.aligned)
 
     for p, stride in zip(reversed(params["up"]), reversed(cfg.strides)):
@@ -817,7 +815,7 @@ def training_inputs(model: Model, key, batch: Batch):
     """Sec. 3.3: x (B, T, C), and the condition it comes with.
 
     choice: low-fidelity audio is made of the snippet, not of the clip that it is cut from. The
-    FFT then takes the snippet for one period, as in sampling the whole clip."""
+    FFT then takes the snippet for one period; in sampling, the whole clip."""
     audio, condition = batch
     samples = audio.shape[1]
     x = log_mel(audio) if writes_log_mel(model) else audio[:, :, None]  # (B, T, C)
@@ -839,9 +837,10 @@ def sampling_condition(model: Model, given: Condition, previous, seconds: float)
 
     previous is audio (B, samples) or log-mel (B, frames, 80). It is padded as in training, but not
     augmented: Sec. 4.1 augments "at training time"."""
-    T = padded_length(model.unet, round(seconds * model.rate))
+    length = round(seconds * model.rate)
+    T = padded_length(model.unet, length)
     if model.low_rate:
-        low_fi = fft_resample(previous, round(seconds * model.rate))[:, :, None]
+        low_fi = fft_resample(previous, length)[:, :, None]
         return given._replace(low_fi=pad_to(low_fi, T, 0))  # (B, T, 1)
     if model.unet.aligned_channels:
         return given._replace(aligned=pad_to(previous, T // HOP, -1))  # (B, T / 160, 80)
@@ -883,10 +882,11 @@ CAPTION_BLOCK = 4_096  # captions compared at a time
 def windows(audio) -> np.ndarray:
     """Sec. 3.5: "non-overlapping 10-second windows", (samples,) at 16 kHz -> (windows, 160_000).
 
-    choice: silence completes rests of 5 s or more, and clips under 10 s; shorter rests are cut."""
+    choice: a rest of 5 s or more, and a clip under 10 s, is filled up with silence; a shorter rest
+    is cut off."""
     size = 10 * MEL_RATE
     n = max(1, (len(audio) + size // 2) // size)
-    return np.pad(audio[: n * size], (0, max(0, n * size - len(audio)))).reshape(n, size)
+    return np.pad(audio, (0, size))[: n * size].reshape(n, size)
 
 
 def unit(x, xp=jnp):
@@ -898,7 +898,7 @@ def top_captions(captions, clips, k: int = 10) -> np.ndarray:
     """Sec. 3.5: "the top K captions that are closest to the audio in the embedding space".
 
     clips (N, E), each the average over its 10-second windows; captions (M, E). Returns indices
-    (N, k), the highest cosine first; the first of equals. numerics: captions are read in blocks, so
+    (N, k), the highest cosine first, of equals the first. numerics: captions are read in blocks, so
     that 4 million may lie in a np.memmap."""
     assert clips.shape[1] == captions.shape[1] and k <= len(captions)
     clips = jnp.asarray(clips, jnp.float32)
@@ -1099,8 +1099,8 @@ def _merge_top(best, index, clips, captions, start, end):
 
 
 def pieces_of(cfg: UNetConfig, rows: int, length: int) -> int:
-    """The fewest pieces of a clip that make 8 sequences or more of `rows` clips, or as many as fit:
-    a piece is of whole frames at the bottom, and no shorter than a kernel's reach."""
+    """Into how many pieces to cut a clip: the fewest that make 8 sequences or more of `rows` clips,
+    else as many as fit. A piece is whole frames at the bottom, and as long as a kernel reaches."""
     bottom = length // math.prod(cfg.strides)
     fits = [p for p in range(1, bottom + 1)
             if bottom % p == 0 and bottom // p >= cfg.kernel_size // 2]
@@ -1175,7 +1175,7 @@ def without_hum(x, rate: int, hz: float):
     filter is soft: a sharp one rings, and puts what it takes from loud music into the rests."""
     frequency = jnp.fft.rfftfreq(x.shape[1], 1 / rate)
     nearest = hz * jnp.maximum(1, jnp.round(frequency / hz))
-    kept = 1 - jnp.exp(-(((frequency - nearest) / 2) ** 2))  # by half at 1.7 Hz, nothing at 5
+    kept = 1 - jnp.exp(-(((frequency - nearest) / 2) ** 2))  # half is kept at 1.7 Hz, all at 5
     spectrum = jnp.fft.rfft(x, axis=1) * kept[:, None]
     return jnp.clip(jnp.fft.irfft(spectrum, x.shape[1], axis=1), -1, 1)
 
@@ -1183,8 +1183,8 @@ def without_hum(x, rate: int, hz: float):
 SCHEDULES["cosine_quiet"] = cosine_quiet
 STEP_SCHEDULES["quadratic"] = np.diff(np.linspace(0, 1, 1001) ** 2).tolist()  # t_n = (n / N)^2
 SAMPLERS["renoise"] = renoise_updates
-# In loud noise an error in x0_hat that is larger than x is next to nothing in eps. This is
-# w_t = 1 / alpha_t^2, up to 149: Eq. 1 is then the loss in v of Salimans & Ho (2022).
+# In loud noise a large error in x0_hat is a small one in eps. So the weight is w_t = 1 / alpha_t^2,
+# up to 149: Eq. 1 is then the loss in v of Salimans & Ho (2022).
 LOSS_WEIGHTS["velocity"] = lambda logsnr_t: 1 + jnp.exp(jnp.minimum(-logsnr_t, 5.0))
 
 # fmt: off
@@ -1274,8 +1274,7 @@ def fad_infinity(x, reference: Gaussian, seed: int = 0, sizes: int = 15) -> floa
     not of infinitely many). Noise can make it negative."""
     n = np.linspace(len(x) // 4, len(x), sizes).astype(int)
     draw = np.random.default_rng(seed)
-    subset = lambda size: gaussian(draw.choice(x, size, replace=False))
-    fads = [frechet_distance(subset(size), reference) for size in n]
+    fads = [frechet_distance(gaussian(draw.choice(x, k, replace=False)), reference) for k in n]
     return float(np.polyfit(1 / n, fads, 1)[1])
 
 
@@ -1286,7 +1285,7 @@ def describe(model: Model, seconds: float = 30.0) -> str:
     cfg, spec, i = model.unet, unet_spec(model.unet), model.inference
     length = padded_length(cfg, round(seconds * model.rate))
     steps = i.steps or len(step_schedules(model)[i.step_schedule])
-    guidance = f"guidance {i.cfg_scale:g}" if i.cfg_scale else "no guidance"
+    guidance = f"guidance {i.cfg_scale:g}" if i.cfg_scale is not None else "no guidance"
     lines = [f"{model.name}: {model.rate} x {cfg.out_channels} a second",
              f"  {size_of(spec) / 1e6:.1f} M params (Table 2: {model.training.params / 1e6:g} M), "
              f"{steps} steps {i.step_schedule}, gamma {i.gamma}, {guidance}",

@@ -39,7 +39,7 @@ from train import (MAX_SEED, load_model, new_parser, number, parse_caption, run_
 DEMO = Path(__file__).parent / "demo"
 SECONDS, MAX_SECONDS = 10, 600
 LENGTH = number(float, 0.1, MAX_SECONDS)
-LENGTHS = 4  # whose programs are kept at once
+LENGTHS = 4  # the programs of so many are kept at once
 OVERRIDES = {  # fields of InferenceConfig (Table 3) that have an option each
     "steps": ("--steps", number(int, 1, 100_000), "N", "denoising steps (Table 8 resampled)"),
     "step_schedule": ("--schedule", str, "NAME", "uniform, quadratic (t = n^2 / N^2) or, where a "
@@ -62,8 +62,7 @@ def override(model: n2m.Model, bf16: bool, changes: dict) -> n2m.Model:
     name, names = changes.get("step_schedule"), n2m.step_schedules(model)
     check(name is None or name in names,
           f"--schedule: {model.name} has {', '.join(names)}, not {name!r}")
-    if not n2m.uses_text(model):
-        changes = {k: v for k, v in changes.items() if k != "cfg_scale"}
+    changes = {k: v for k, v in changes.items() if k != "cfg_scale" or n2m.uses_text(model)}
     if "gamma" in changes:
         changes = changes | {"sampler": "ddpm"}  # gamma is Eq. 4's
     unet = replace(model.unet, dtype="bfloat16" if bf16 else "float32", remat=False)
@@ -122,7 +121,7 @@ def clean_prompt(prompt, text_encoder, token_length: int, words=None) -> str:
           "the prompt is empty; say what the music should be like")
     prompt, count = prompt.strip(), text_encoder.count_tokens(prompt.strip())
     check(count, f"the text encoder knows no word of {prompt[:40]!r}; write it in English")
-    if count >= token_length:  # one is </s>
+    if count >= token_length:  # </s> takes one
         warn(f"the prompt has {count} tokens; the model reads the first {token_length - 1}")
     unknown = [word for word in words_of(prompt) if words and word not in words and len(word) > 3]
     if len(unknown) > len(words_of(prompt)) / 3:
@@ -161,7 +160,7 @@ def read_prompts(path: Path) -> list[dict]:
 
 
 def clip_name(i: int, n: int) -> str:
-    """The name of clip i of n: in the order of names, the clips are in the order of prompts."""
+    """The name for prompt i of n, filled up with zeros: names sort in the order of prompts."""
     return f"{i:0{max(4, len(str(n - 1)))}d}.wav"
 
 
@@ -204,7 +203,7 @@ def clip_paths(out: Path, num: int) -> list[Path]:
 
 
 def check_writable(out: Path):
-    """Finds out before the sampling, not after it."""
+    """A ValueError before the sampling, and not after it, where `out` cannot be written."""
     check(not out.is_dir(), f"{out}: is a folder; -o takes the name of a file")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -264,8 +263,8 @@ def run_job(args, weights, text_encoder, identity: dict, mesh, job: Job):
             write_stages(outputs, weights, i, path)
         write_wav(path, audio[i], rate)
         settings = settings_of(args, weights, identity, job, i) | took
+        settings |= {"wav_crc32": crc32(path.read_bytes())}
         with whole_file(settings_path) as file:
-            settings |= {"wav_crc32": crc32(path.read_bytes())}
             file.write(json.dumps(settings, indent=1).encode() + b"\n")
         level = 10 * math.log10(max(float(np.mean(audio[i] ** 2)), 1e-18))
         print(f"{path}  {job.seconds:g} s at {rate} Hz, {level:.0f} dBFS, seed {job.seed} clip {i}",

@@ -125,7 +125,7 @@ def rms_norm(x, scale, eps):
 def position_buckets(config, length):
     """(L, m) numpy: the bucket of the distance from each query to each key. One half of the buckets
     is for later keys. In each half, the first half of the buckets hold one distance each; the rest
-    hold ranges that grow logarithmically."""
+    hold ranges that are even in its logarithm."""
     half = config.relative_attention_num_buckets // 2
     exact = half // 2
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
@@ -253,7 +253,7 @@ def remove_parts(folder):
 
 @contextlib.contextmanager
 def naming(path):
-    """An OSError from within names the path. A full disk, or one without locks, does not say it."""
+    """An OSError from within names the path. Of a full disk, or one without locks, it has none."""
     try:
         yield
     except OSError as error:
@@ -295,6 +295,9 @@ def load_t5(folder):
               f"no T5 v1.0, v1.1 or Flan, as model_type and feed_forward_proj are {kind!r:.99}")
         config = T5Config(**{k: v for k, v in entries.items() if k in T5Config.__annotations__})
         check(0 < config.layer_norm_epsilon < 1, "layer_norm_epsilon is not between 0 and 1")
+        exact = config.relative_attention_num_buckets // 4
+        check(0 < exact < config.relative_attention_max_distance,
+              "relative_attention_max_distance is not above a quarter of its buckets")
     with reading(path := folder / "spiece.model"):
         check(model := regular(path).read_bytes(), "is empty")  # old sentencepieces would crash
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -334,8 +337,8 @@ def save_t5(folder, t5):
         file.write(json.dumps(entries, indent=2).encode() + b"\n")
     with whole_file(folder / "spiece.model") as file:
         file.write(t5.tokenizer.serialized_model_proto())
-    for ours, (name, _, _) in declare(t5.config).items():
-        layers = np.asarray(t5.params[ours]) if "{}" in name else [np.asarray(t5.params[ours])]
+    for ours, (name, shape, _) in declare(t5.config).items():
+        layers = np.asarray(t5.params[ours]).reshape(-1, *shape)  # all of its layers, or the one
         tensors |= {f"{name.format(i)}.weight": layer for i, layer in enumerate(layers)}
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})  # for transformers
 
@@ -373,8 +376,8 @@ def random_t5(captions, seed, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_h
 DTYPES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
           "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64",
           "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-# In the metadata of our files; others have neither. "crc32_of" says that "crc32" must be there, so
-# that a flipped bit in the key "crc32" does not switch the check off.
+# Two entries in the metadata of our files; others have neither. "crc32_of" says that "crc32" must
+# be there, so that a flipped bit in the key "crc32" does not switch the check off.
 CHECKSUM = {"crc32": "00000000", "crc32_of": "this file with 00000000 as its crc32"}
 
 

@@ -24,7 +24,9 @@ import zlib
 from collections import namedtuple
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
+from unittest.mock import Mock
 
 # Compiling takes nine tenths of the time: each program once (see `compiled`), and not optimised.
 os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -169,6 +171,9 @@ def test_the_tables_field_by_field():
         assert (i.sampler, i.hum, i.keep_input) == ("ddpm", None, False)  # the rest is for `tiny`
         assert {len(column) for column in columns} == {u.depth}
     assert math.prod(n2m.MODELS["spectrogram_vocoder"].unet.strides) == n2m.HOP == 160
+    for key, power in ("uniform", 1), ("quadratic", 2):
+        curve = n2m.denoising_times(n2m.STEP_SCHEDULES[key], 12)
+        close(curve, np.linspace(0, 1, 13) ** power, atol=1e-6)
 
 
 @each_model
@@ -198,13 +203,6 @@ def test_table_8_and_the_times_that_it_gives(name):
                 close(curve[steps // 2], times[N // 2], rtol=1e-9)
 
 
-@pytest.mark.parametrize("steps", [8, 12])
-def test_the_step_schedules_of_any_model(steps):
-    for key, power in ("uniform", 1), ("quadratic", 2):
-        curve = n2m.denoising_times(n2m.STEP_SCHEDULES[key], steps)
-        close(curve, np.linspace(0, 1, steps + 1) ** power, atol=1e-6)
-
-
 # ---- noise2music.py: schedules, Eqs. 2 to 6 ----
 
 @pytest.mark.parametrize("name, ends", [("cosine", (20, -20)), ("linear", (9.21, -10.05)),
@@ -224,10 +222,10 @@ def test_schedules_against_their_formulas(name, ends):
 
 
 def test_linear_is_the_schedule_of_ho_et_al():
-    """Their step n of 1..1000 is our t = (n - 1) / 1000: "begun at sigma_0^2 = 1e-4" is step 1."""
+    """Their step n of 1..1000 is our t = (n - 1) / 999: "begun at sigma_0^2 = 1e-4" is step 1."""
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     ho = np.log(alpha_bar / (1 - alpha_bar))
-    close(n2m.linear(np.arange(1000) / 1000, np), ho, rtol=0, atol=0.1)
+    close(n2m.linear(np.arange(1000) / 999, np), ho, rtol=0, atol=0.07)
     close(n2m.linear(0.0, np), ho[0], rtol=1e-5)
 
 
@@ -387,15 +385,6 @@ def test_hum_is_taken_out_and_nothing_else(monkeypatch):
               atol=2e-6)
 
 
-def test_hum_of_loud_music_does_not_ring_into_its_rests():
-    """Where a humming note has ended or not begun, half a second away, silence stays silence."""
-    t = np.arange(16_000) / 4000
-    note = np.where((1 < t) & (t < 2), np.sin(2 * np.pi * 200 * t), 0)[None, :, None]
-    left = np.abs(np.asarray(n2m.without_hum(np.float32(note), 4000, 200)))[0, :, 0]
-    assert left[(1.4 < t) & (t < 1.6)].max() < 0.05
-    assert left[(t < 0.5) | (2.5 < t)].max() < 1e-4
-
-
 def test_the_band_of_the_input_is_copied_and_no_other(monkeypatch):
     """Below the Nyquist frequency of its input, the output has the input's tones, above its own."""
     t = np.arange(6000)[:, None] / 2400
@@ -403,15 +392,16 @@ def test_the_band_of_the_input_is_copied_and_no_other(monkeypatch):
     wrong, high, low = tones(0.4, 600, 796), tones(804, 1000), tones(0.8, 300, 799.6)
     model = replace(small_model(), rate=2400, low_rate=1600)
     monkeypatch.setattr(n2m, "_sample_chunk", lambda *_: wrong + high)
-    for keep, right in ((False, wrong + high), (True, low + high)):
-        model = replace(model, inference=replace(model.inference, keep_input=keep, steps=1))
+    for keep, hum, right in ((False, None, wrong + high), (True, 300.0, low + high)):
+        inference = replace(model.inference, keep_input=keep, hum=hum, steps=1)
+        model = replace(model, inference=inference)  # what the input has at 300 Hz is no hum
         close(n2m.sample(None, model, n2m.Condition(low_fi=low), jax.random.split(
             jax.random.key(0), 1), 6000), right, atol=2e-6)
 
 
 @pytest.mark.parametrize("text, w", [(True, 0), (True, 1), (True, None), (True, 2.5), (False, 7.0)])
-def test_guidance_is_two_calls(monkeypatch, text, w):
-    """And one for a model without text, which ignores it."""
+def test_guidance_is_that_of_two_calls(monkeypatch, text, w):
+    """And of one for a model without text, which ignores it."""
     model, t = small_model(**({} if text else NO_TEXT)), 0.37
     model = replace(model, inference=replace(model.inference, cfg_scale=w))
     params, condition = random_params(model.unet), random_condition(model.unet)
@@ -759,7 +749,6 @@ def test_stft_against_the_definition():
         fourier = np.exp(-2j * np.pi * np.outer(np.arange(513), n) / 1024)
         expected = np.abs(fourier @ (padded[n + 1000] * window)) / 160
         close(np.abs(spectrum[0, k]), expected, atol=1e-4)
-    close(jnp.abs(n2m.stft(sine(1000)))[0, 5].max(), 1, rtol=1e-3)  # of a full-scale sine
 
 
 @pytest.mark.parametrize("hz", [250, 3000])
@@ -802,7 +791,6 @@ def test_noise_augmentation_is_diffusion_at_a_uniform_time(name, t_max):
     close(clip_sigma.mean(), sigma.mean(), rtol=0.03)
     deciles = lambda a: np.quantile(a, [0.1, 0.5, 0.9])
     close(deciles(clip_sigma), deciles(sigma), rtol=0.1, atol=0.02)
-    close(clip_alpha**2 + clip_sigma**2, 1, atol=0.6)
 
 
 @pytest.mark.parametrize("name, t_max, taps, lowest, highest, axes", [
@@ -914,17 +902,6 @@ def test_velocity_weight_is_the_loss_in_v_up_to_its_bound():
 
 # ---- noise2music.py: both routes ----
 
-@functools.cache
-def small_weights():
-    """All five models, two depths each, random parameters, three steps."""
-    weights = {}
-    for seed, name in enumerate(NAMES):
-        model, unet = n2m.MODELS[name], replace(small(name).unet, text_width=7)
-        model = replace(model, unet=unet, inference=replace(model.inference, steps=3))
-        weights[name] = model, random_params(unet, seed)
-    return weights
-
-
 def encode_prompts(prompts, model):
     if not n2m.uses_text(model):
         return n2m.Condition()
@@ -937,8 +914,11 @@ def encode_prompts(prompts, model):
 @pytest.mark.parametrize("route", PAPER_ROUTES)
 def test_clip_i_of_a_seed_is_the_same_whatever_the_batch(route):
     """Clips 0, 1 and clips 0, 1, 2 agree, at every stage; without super-resolution too."""
-    prompts, done = ["slow piano", "fast drums", "harp"], []
-    weights = {name: small_weights()[name] for name in n2m.ROUTES[route]}
+    prompts, done, weights = ["slow piano", "fast drums", "harp"], [], {}
+    for seed, name in enumerate(n2m.ROUTES[route]):  # two depths, random parameters, three steps
+        model, unet = n2m.MODELS[name], replace(small(name).unet, text_width=7)
+        model = replace(model, unet=unet, inference=replace(model.inference, steps=3))
+        weights[name] = model, random_params(unet, seed)
     run = functools.partial(n2m.generate, weights=weights, encode=encode_prompts, seconds=0.37)
     first = run(prompts[:2], seed=4, progress=lambda *a: done.append(a))
     second = run(prompts, seed=4)
@@ -966,6 +946,8 @@ def test_every_duration_reaches_every_stage(monkeypatch, route, seconds):
         assert c.low_fi is None or c.low_fi.shape == (2, length, 1)
         assert c.aligned is None or c.aligned.shape == (2, bottom, 80)
         assert c.text is None if L == 0 else c.text.shape == (2, L, 7)
+        for before in (a for a in (c.low_fi, c.aligned) if a is not None):  # of the last stage
+            close(before[0, 0, 0], 0.25 * len(seen), atol=1e-3)
         seen.append((model.name, *np.asarray(jax.random.key_data(keys)).ravel().tolist()))
         return jnp.full((2, length, model.unet.out_channels), 0.25 * len(seen))
 
@@ -1181,7 +1163,8 @@ def test_text_encoder_is_all_that_others_know(t5, t5_folder):
     assert text.width == 64 and text.count_tokens("jazz bass") == count_tokens(t5, "jazz bass") > 0
     np.testing.assert_equal(text.encode(CAPTIONS, 64), encode(t5, CAPTIONS, 64))
     others = [t5, random_t5(CAPTIONS, 1), random_t5([], 0),
-              t5._replace(params=t5.params | {"final_norm": 2 * t5.params["final_norm"]})]
+              t5._replace(params=t5.params | {"final_norm": 2 * t5.params["final_norm"]}),
+              t5._replace(config=replace(t5.config, layer_norm_epsilon=1e-5))]
     marks = [t5_encoder.fingerprint(other) for other in others]
     assert text.fingerprint == marks[0] and len(set(marks)) == len(marks)
     assert t5_encoder.load_text_encoder(sample.DEMO / "t5").fingerprint == "0c6e0214"  # as stored
@@ -1258,7 +1241,7 @@ def test_broken_folders_are_named_in_one_line(words, damage, tmp_path, t5_folder
     one_line(error, tmp_path)
 
 
-def test_absent_things(tmp_path, t5_folder):
+def test_what_a_t5_folder_may_lack_and_what_not(tmp_path, t5_folder):
     with pytest.raises(ValueError, match="google/t5-v1_1-small: no such folder"):
         load_t5("google/t5-v1_1-small")
     shutil.copytree(t5_folder, tmp_path, dirs_exist_ok=True)
@@ -1369,12 +1352,9 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
         assert not list(tmp_path.iterdir())
     write_safetensors(path, {"x": np.arange(4)}, {})
 
-    def interrupted(*_):  # not by a signal, which a run in this process may have taken over
-        raise KeyboardInterrupt
-
-    for step in ("fsync", "replace"):
+    for step in ("fsync", "replace"):  # not by a signal, which a run here may have taken over
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(os, step, interrupted)
+            patch.setattr(os, step, Mock(side_effect=KeyboardInterrupt))
             write_safetensors(path, {"x": np.ones(9)}, {})
         assert os.listdir(tmp_path) == ["a"]  # the old file, whole
         same(read_safetensors(path)[0], {"x": np.arange(4)})
@@ -1402,12 +1382,6 @@ def test_every_damage_to_a_written_file_is_found(tmp_path):
         refused(path, bad)
     for bad in [good[:i] for i in range(len(good))] + [good + b"\0", good + b" ", 2 * good]:
         refused(path, bad)
-    for kind in np.arange(1000) % 3:  # runs of noise, zeros, and pieces in another place
-        at, source, length = g.integers(len(good)), g.integers(len(good)), g.integers(1, 64)
-        run = (g.bytes(length), bytes(length), good[source:source + length])[kind]
-        bad = good[:at] + run + good[at + len(run):]
-        if bad != good:
-            refused(path, bad)
 
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -1453,10 +1427,9 @@ def test_malformed_safetensors(tmp_path):
 
 # ---- train.py: data ----
 
-
 def write_tone(path, seconds=2.0, rate=16_000, channels=1, hz=440.0):
     tone = 0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)
-    soundfile.write(path, tone[:, None].repeat(channels, 1), rate)
+    soundfile.write(path, np.outer(tone, np.arange(1, channels + 1) * 2 / (channels + 1)), rate)
     return path
 
 
@@ -1636,7 +1609,7 @@ def test_a_start_makes_exactly_that_clip(tmp_path, capfd):
     assert peaks.tolist() == [200] * 10 + [300] * 10 + [400] * 10 and example.text == ""
 
 
-def test_txt_captions(tmp_path, capfd):
+def test_a_txt_captions_the_audio_beside_it(tmp_path, capfd):
     write_tone(tmp_path / "a.wav"), write_tone(tmp_path / "b.wav")
     (tmp_path / "a.TXT").write_text("first caption\n\nsecond caption\n")
     (track,) = train.read_tracks(tmp_path, needs_text=True)
@@ -1737,11 +1710,13 @@ def test_accumulation_averages_gradients_clipping_scales_them_and_the_ema_warms_
         expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, old, state.params)
         jax.tree.map(partial(close, rtol=1e-5, atol=1e-9), state.ema, expected)
     assert len(keys) == 4 + 2  # of the parts of step 0, and of two other steps
-    clipped = replace(model, training=replace(model.training, clip_norm=float(runs[0][3]) / 2))
-    state, *_, norm = train.train_step(begin(), clipped, 0, batch)
-    close(norm, runs[0][3], rtol=1e-5)  # as it was
-    half = jax.tree.map(lambda mu: mu / 2, runs[0][0].opt[0].mu)
-    jax.tree.map(partial(close, rtol=1e-4, atol=1e-9), state.opt[0].mu, half)
+    whole, *_, norm = runs[0]
+    for share, left in (0.5, 0.5), (2.0, 1.0):
+        clipped = replace(model.training, clip_norm=share * float(norm))
+        state, *_, said = train.train_step(begin(), replace(model, training=clipped), 0, batch)
+        close(said, norm, rtol=1e-5)  # as it was
+        scaled = jax.tree.map(lambda mu: left * mu, whole.opt[0].mu)
+        jax.tree.map(partial(close, rtol=1e-4, atol=1e-9), state.opt[0].mu, scaled)
 
 
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, data, small_models, capfd):
@@ -1794,7 +1769,7 @@ def test_what_a_checkpoint_refuses(tmp_path):
     folder = tmp_path / model.name
     folder.mkdir()
     metadata = {"seed": 3, "index": 12, "t5": None, "t5_fingerprint": None}
-    state = train.init_state(model, 3)
+    state = train.init_state(model, 3)._replace(ema=random_params(model.unet))
     (mine := folder / "checkpoint-00000001-copy.safetensors").touch()
     for step in (1, 2, 3):
         path = train.save_checkpoint(folder, state._replace(step=jnp.int32(step)), model, metadata)
@@ -1865,7 +1840,7 @@ REFUSALS = [  # script, command line, words of the line in which it refuses it w
         ("--prompts {tmp}/absent", "absent"), ("--prompts {tmp}/file", "no prompt"),
         ("--prompts {tmp}/bad.jsonl", "bad.jsonl:2"),
         *((f"--prompts {{tmp}}/{name}.jsonl", f"{name}.jsonl:1")
-          for name in ("odd", "long", "number")),
+          for name in ("odd", "half", "long", "number")),
         *((f"--prompts {{tmp}}/{name}.jsonl", "prompt 1: the prompt is empty")
           for name in ("blank", "space"))]),
     (sample, "slow --models {demo} -o {tmp}/out/x.wav --raw", "leave --raw out"),
@@ -1887,6 +1862,7 @@ def places(tmp_path_factory, data, runs):
     (tmp / "dangling" / "captions.jsonl").symlink_to(tmp / "nowhere")
     write_tone(tmp / "dangling" / "a.wav", 1.0)
     for name, text in [("bad", 'good\n{"prompt": \n'), ("odd", '{"prompt": "x", "sed": 1}'),
+                       ("half", '{"prompt": "x", "seed": 1.5}'),
                        ("long", '{"prompt": "x", "seconds": 601}'), ("number", '{"prompt": 5}'),
                        ("blank", '{"prompt": ""}'), ("space", '{"prompt": " "}')]:
         (tmp / f"{name}.jsonl").write_text(text)
@@ -1962,7 +1938,6 @@ def start(options, *more, env=None, tiny="lambda model: test.small(model.name)")
 
 # ---- what a fork does, from outside the modules ----
 
-
 def test_a_noise_schedule_and_a_sixth_model_are_entries_of_tables(tmp_path, data, monkeypatch,
                                                                   capfd):
     """Two steps of the model, under the schedule, and a clip of the route that it is alone in."""
@@ -2025,7 +2000,6 @@ def test_another_conditioning_input_is_five_places_to_touch(tmp_path, data, monk
 
 # ---- sample.py ----
 
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """All five models, small and untrained, as train.py leaves them."""
@@ -2064,20 +2038,9 @@ def test_a_prompt_becomes_a_wav_by_each_route(tmp_path, runs):
             stage = soundfile.info(out.with_name(f"music-{i}.{names[1]}.wav"))
             assert (stage.samplerate, stage.frames) == (16_000, 8_000)
         assert i == 1 and not list(out.parent.glob("*.part"))
+        assert out.with_name("music-0.wav").read_bytes() != out.with_name("music-1.wav").read_bytes()
     mel = np.load(tmp_path / "spectrogram/music-1.spectrogram_generator.npy")
     assert mel.shape == (50, 80)
-
-
-def test_clip_i_of_a_seed_is_the_same_whatever_num_is(tmp_path, runs):
-    """And another seed, or another clip, is another one."""
-    for name, num, seed in [("one", 1, 3), ("two", 2, 3), ("other", 1, 4)]:
-        run_sample("slow piano", "-o", tmp_path / f"{name}.wav", "--models", runs, "--seconds", 0.5,
-                   "--num", num, "--seed", seed, "--no-superres")
-    one, first, second, other = (soundfile.read(tmp_path / f"{name}.wav")[0]
-                                 for name in ("one", "two-0", "two-1", "other"))
-    close(one, first, atol=2e-4)
-    for different in (second, other):
-        assert abs(np.corrcoef(one, different)[0, 1]) < 0.5
 
 
 def test_clips_of_many_prompts_have_names_in_their_order():
@@ -2106,6 +2069,7 @@ def test_a_file_of_prompts_continues_where_it_was_interrupted(tmp_path, runs, ca
     assert [(s["prompt"], s["seed"]) for s in settings_in(tmp_path / "out")][1:] == [
         (hard, 8), ("fast drums", 3), ("slow piano", 10), ("slow, drums, fast", 11)]
     assert "the model reads the first 63" in capfd.readouterr().err
+    assert len({wav.read_bytes() for wav in wavs}) == 5  # of other seeds
     before = [wav.stat().st_mtime_ns for wav in wavs]
     wavs[1].with_suffix(".json").unlink()  # as if stopped while the second was written
     run_sample(*argv)
@@ -2165,6 +2129,8 @@ def test_the_models_in_demo():
         model, params, metadata = train.load_model(sample.DEMO, name)
         unet = replace(n2m.tiny(full).unet, text_width=model.unet.text_width)
         assert (model.unet, model.inference) == (unet, n2m.tiny(full).inference)
+        how = attrgetter("loss_weight", "noise_schedule", "t_max", "blur_taps", "blur_std")
+        assert how(model.training) == how(n2m.tiny(full).training)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
         if n2m.uses_text(model):
             assert metadata["t5_fingerprint"] == text_encoder.fingerprint
@@ -2179,7 +2145,6 @@ def test_the_models_in_demo():
 
 
 # ---- faults: nothing is lost, nothing is silently wrong ----
-
 
 @pytest.mark.parametrize("data, right", [
     ("a\r\nb\u2028c\x85d\n".encode(), ["a", "b\u2028c\x85d"]), (b"\xef\xbb\xbfa\n\n", ["a", ""]),
@@ -2214,7 +2179,7 @@ def test_whole_files_and_what_the_killed_leave(tmp_path, monkeypatch):
     for part in parts:
         part.touch()
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space.*x/b'"):
-        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left")))
         with t5_encoder.whole_file(tmp_path / "x/b") as file:  # the folder is made
             file.write(b"1")
     assert not os.listdir(tmp_path / "x")
@@ -2222,7 +2187,7 @@ def test_whole_files_and_what_the_killed_leave(tmp_path, monkeypatch):
         assert len(list(tmp_path.glob("b.*.part"))) == 1 and not (tmp_path / "b").exists()
     assert [part.exists() for part in parts] == [False, True, True]
     parts[0].mkdir()  # of a dead process, and not ours to remove
-    monkeypatch.setattr(shutil, "rmtree", lambda _: (_ for _ in ()).throw(PermissionError(1, "no")))
+    monkeypatch.setattr(shutil, "rmtree", Mock(side_effect=PermissionError(1, "no")))
     with t5_encoder.whole_file(tmp_path / "c"):
         pass
     assert parts[0].is_dir() and (tmp_path / "c").is_file()
@@ -2304,9 +2269,7 @@ def test_one_entry_does_not_stop_a_run(tmp_path, capfd, monkeypatch):
 
 
 def test_a_failing_disk_is_named(monkeypatch):
-    def fails(_):
-        raise OSError(5, "Input/output error")  # as `read` has it, of no file
-
+    fails = Mock(side_effect=OSError(5, "Input/output error"))  # as `read` has it, of no file
     monkeypatch.setattr(train, "WAITS", ())
     with pytest.raises(OSError) as error:
         train.usable(fails, [("a.wav", None)], ValueError)
@@ -2353,13 +2316,14 @@ def test_a_blink_of_the_system_costs_nothing(tmp_path, small_models, capfd, monk
         np.testing.assert_equal(last(out), last("whole"))
 
 
-def test_captions_that_the_text_encoder_cannot_read_are_counted(monkeypatch, capfd):
-    reader = t5_encoder.TextEncoder(7, None, lambda text: 9 * text.isascii(), "x")
+def test_captions_that_are_cut_or_cannot_be_read_are_counted(monkeypatch, capfd):
+    reader = t5_encoder.TextEncoder(7, None, {"slow": 63, "long": 64, "ゆっくり": 0}.get, "x")
     monkeypatch.setattr(t5_encoder, "load_text_encoder", lambda _: reader)
     args = types.SimpleNamespace(t5="t5", out=Path("out"), model="waveform_generator")
     train.text_encoder(args, small("waveform_generator"), {"t5_fingerprint": None},
-                       ["slow piano", "ゆっくりしたピアノ", "静かなギター"])
-    assert "knows no word of 2 of 3 captions" in capfd.readouterr().err
+                       ["slow", "long", "ゆっくり"])
+    err = capfd.readouterr().err
+    assert "knows no word of 1 of 3 captions" in err and "1 of 3 captions are cut to 63" in err
 
 
 def test_one_run_folder_has_one_trainer(tmp_path, data, small_models, capfd, monkeypatch):
@@ -2368,7 +2332,7 @@ def test_one_run_folder_has_one_trainer(tmp_path, data, small_models, capfd, mon
         err = exits(capfd, train.main, *common, tmp_path)
         assert f"process {os.getpid()} on" in err and "another folder" in err
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no locks.*lock-1"):
-        patch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(37, "no locks")))
+        patch.setattr("fcntl.flock", Mock(side_effect=OSError(37, "no locks")))
         train.lock(tmp_path / "lock-1")
     calls, made = [], t5_encoder.random_t5
 
@@ -2388,7 +2352,7 @@ def test_one_run_folder_has_one_trainer(tmp_path, data, small_models, capfd, mon
     ('{"step": 1}\n{"step": 2}\n{"st', 1), ('{"step": 1}\n{"st', 1), ('{"step": 1}', 1),
     ("", 0), ("{", 0), ("notes\n", None), ("notes", None),
     ('{"step": 1}\n[]\n', None), ('{"loss": 1}\n', None)])
-def test_logs(tmp_path, text, kept):
+def test_a_log_loses_what_a_kill_has_torn_and_nothing_else(tmp_path, text, kept):
     """What a kill has torn is dropped; another's file is left as it is."""
     path = tmp_path / "log.jsonl"
     path.write_text(text)
@@ -2426,10 +2390,7 @@ def test_a_full_disk_a_closed_stdout_and_a_signal_stop_a_run_saved(
     assert "/dev/full: No space left on device; stopped at step 2. Good: " in err
     assert "checkpoint-00000002" in err and err.count("\n") == 1
 
-    def pipe(*args):
-        raise BrokenPipeError(32, "Broken pipe")
-
-    monkeypatch.setattr(train, "report", pipe)
+    monkeypatch.setattr(train, "report", Mock(side_effect=BrokenPipeError(32, "Broken pipe")))
     err = exits(capfd, train.main, *common, tmp_path / "pipe", status=141)
     assert "stdout: Broken pipe; stopped at step 1. Good: " in err and err.count("\n") == 1
 
@@ -2460,7 +2421,7 @@ def test_what_is_not_finite_is_not_saved_where_files_are_gone(tmp_path, data, sm
 
     monkeypatch.setattr(train, "batches", batches)
     monkeypatch.setattr(train, "make_batch", lambda *_: None)
-    step = lambda state, *_: (state, np.full(2, np.nan), np.zeros(2), 1.0)
+    step = lambda state, *_: (state, np.zeros(2), np.zeros(2), np.inf)
     monkeypatch.setattr(train, "train_step", step)
     name = "superresolution_cascader"
     err = exits(capfd, train.main, name, "--tiny", "--data", data, "--out", tmp_path, status=1)
@@ -2478,18 +2439,13 @@ def test_signals_before_the_first_step(tmp_path, data, capfd, monkeypatch, signa
 @pytest.mark.parametrize("error", [
     MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9")])
 def test_out_of_memory_says_what_takes_less(error, capfd):
-    def run(_):
-        raise error
-
-    err = exits(capfd, partial(train.run_command, run))
+    err = exits(capfd, partial(train.run_command, Mock(side_effect=error)))
     assert "--accumulate" in err and err.count("\n") == 1
 
 
 def test_one_of_several_processes_ends_at_once(capfd, monkeypatch):
     """Through `os._exit`: else a full disk of one would keep all waiting for minutes."""
-    def run(_):
-        raise OSError(28, "No space left", "x")
-
+    run = Mock(side_effect=OSError(28, "No space left", "x"))
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(os, "_exit", lambda status: sys.exit(status + 40))
     assert "x: No space left" in exits(capfd, partial(train.run_command, run), status=42)
@@ -2513,7 +2469,7 @@ def test_the_cache_of_programs_is_no_condition(tmp_path, capfd, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        for home in (lambda: (_ for _ in ()).throw(RuntimeError("no home")), lambda: Path("/proc")):
+        for home in Mock(side_effect=RuntimeError("no home")), lambda: Path("/proc"):
             monkeypatch.setattr(Path, "home", home)
             train.keep_programs()
             err = capfd.readouterr().err
@@ -2555,12 +2511,8 @@ def test_settings_name_the_weights_and_the_json_its_wav(tmp_path, runs, capfd):
         "seed": 0, "index": 0, "t5": None, "t5_fingerprint": None} | train.load_checkpoint(
             train.checkpoints(models / name)[0], name)[2])
     assert (again(), again()) == (0, 2)
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sample, "write_wav", killed)
+        patch.setattr(sample, "write_wav", Mock(side_effect=KeyboardInterrupt))
         run("--seed", 4)
     assert [path.name for path in sorted(out.iterdir())] == ["0000.wav", "0001.json", "0001.wav"]
     prompts.write_text("slow piano\n"), capfd.readouterr(), run()
@@ -2585,10 +2537,11 @@ def test_the_first_stage_that_is_not_finite_is_named(tmp_path, runs, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_days_are_said(tmp_path, capfd):
-    pending = [(1, np.ones(2), np.array([0.1, 0.9]), 1.0)]
+def test_a_report_has_the_mean_loss_by_t_and_the_days(tmp_path, capfd):
+    pending = [(1, np.array([1.0, 3.0]), np.array([0.1, 0.9]), 1.0)]
     train.report(pending, 3600.0, 101, tmp_path / "log.jsonl")
-    assert "ETA 4 days, 4:00:00" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "loss 2.0000 by t [1.0000 - - 3.0000]" in out and "ETA 4 days, 4:00:00" in out
 
 
 # ---- sharding and several processes ----
@@ -2704,6 +2657,9 @@ def test_what_does_not_divide_is_an_error_that_names_it(monkeypatch):
     assert parts == [1, 1, 2, 3]  # 1, 8, 16, 24 clips a device, 8 of them at once
     args = train.parse_args(["waveform_generator", "--data", "x", "--out", "x"])
     assert [train.mesh_and_parts(args, 64, before)[1] for before in (None, 16)] == [8, 16]
+    with monkeypatch.context() as patch:
+        patch.setattr(n2m, "make_mesh", lambda model, devices: (model, len(devices)))
+        assert sample.serving_mesh(6, 2, range(16)) == (2, 4)  # 2 groups of 2, of 3 clips each
     monkeypatch.setattr(n2m, "make_mesh", lambda _: mesh)
     with pytest.raises(ValueError, match="batch of 6 .* 4 groups of devices; choose --batch-size"):
         train.mesh_and_parts(args, 6)
@@ -2723,7 +2679,7 @@ def test_two_processes_train_as_one_and_resume_on_another_number(tmp_path, data)
     """The losses of 2 processes of 4 devices are those of 1 of 2; a killed one ends the other; one
     process, of 2 devices again, goes on."""
     options = ("spectrogram_vocoder --batch-size 16 --seconds 0.32 --accumulate 2 --log-every 1 "
-               "--save-every 3 --model-parallel 2 --seed 5")
+               "--save-every 3 --model-parallel 2 --seed 5 --warmup-steps 0")
     folders = {name: tmp_path / name / "spectrogram_vocoder" for name in ("one", "two")}
     run = lambda n, name, *more: start(options, "--data", data, "--out", folders[name].parent,
                                        *more, env=devices(n))
@@ -2758,23 +2714,13 @@ def test_two_processes_train_as_one_and_resume_on_another_number(tmp_path, data)
 
 # ---- noise2music.py: pseudo-labels and metrics, Secs. 3.5 and 4.3.2 ----
 
-def test_top_captions_by_hand():
-    """Cosines, not products; of equals the lower index; blocks of captions merged."""
+def test_top_captions_by_hand(monkeypatch):
+    """Cosines, not products; of equals the lower index; two blocks, one of them filled up, merged."""
+    monkeypatch.setattr(n2m, "CAPTION_BLOCK", 4)
     captions = np.array([[0, 5], [1, 0], [2, 0], [1, 1], [-1, 0], [0, 0]], np.float32)
     clips = np.array([[3, 0], [0, 0.1], [-1, 1]], np.float32)
     assert n2m.top_captions(captions, clips, 3).tolist() == [[1, 2, 3], [0, 3, 1], [0, 4, 3]]
     assert n2m.top_captions(captions, clips[2:], 6).tolist() == [[0, 4, 3, 5, 1, 2]]  # no padding
-
-
-@pytest.mark.parametrize("m", [37, 16_384, 40_001])
-def test_top_captions_against_a_sort(m):
-    captions, clips = (np.float32(rng(k).normal(size=(n, 8))) for k, n in enumerate((m, 5)))
-    captions[m // 2] = captions[m // 3]  # an exact tie
-    unit = lambda a: np.float64(a) / np.linalg.norm(np.float64(a), axis=1)[:, None]
-    cosine, top = unit(clips) @ unit(captions).T, n2m.top_captions(captions, clips)
-    expected = np.sort(cosine, axis=1)[:, ::-1][:, :10]
-    close(np.take_along_axis(cosine, top, axis=1), expected, atol=1e-6)
-    assert all(len(set(row)) == 10 for row in top.tolist())
 
 
 def test_captions_are_drawn_with_probabilities_inverse_to_their_counts():

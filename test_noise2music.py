@@ -1585,7 +1585,7 @@ def test_bad_files_and_lines_are_reported_once_and_skipped(tmp_path, capfd):
     files = "zero.wav: has no", "empty.flac", "text.flac"
     for words in (*files, *(f".jsonl:{n}: " for n in range(7, 19))):
         assert words in err, words
-    assert err.count('"start"') == 6 and err.count("\n") == 15 + 2  # and two sums
+    assert err.count('"start"') == 6 and err.count("\n") == 15 + 3  # two sums, and that one is tried again
     assert "skipped 12 of 18" in err and "skipped 3 of 6" in err
     example = maker(clips)
     assert {example(i).text for i in range(20)} == {"good"}
@@ -2324,6 +2324,17 @@ def test_captions_that_are_cut_or_cannot_be_read_are_counted(monkeypatch, capfd)
                        ["slow", "long", "ゆっくり"])
     err = capfd.readouterr().err
     assert "knows no word of 1 of 3 captions" in err and "1 of 3 captions are cut to 63" in err
+
+
+def test_a_refused_run_leaves_no_random_t5(tmp_path, data, small_models, capfd):
+    common = ["waveform_generator", "--tiny", "--out", tmp_path / "out"]
+    (tmp_path / "x.py").write_text("no audio")
+    exits(capfd, train.main, *common, "--overfit", tmp_path / "x.py")
+    assert not (tmp_path / "out").exists()
+    run_train(*common, "--data", data, "--steps", 1, "--batch-size", 1)
+    shutil.rmtree(tmp_path / "out" / "t5")  # of a folder that was moved in part
+    err = exits(capfd, train.main, *common, "--data", data, "--steps", 2, "--resume")
+    assert "t5: no such folder" in err and not (tmp_path / "out" / "t5").exists()
 
 
 def test_one_run_folder_has_one_trainer(tmp_path, data, small_models, capfd, monkeypatch):

@@ -147,6 +147,8 @@ def patiently(function: Callable, items: list) -> list:
     with ThreadPoolExecutor(THREADS) as pool:
         for wait in (0, *WAITS):
             again = [i for i, result in enumerate(results) if isinstance(result, OSError)]
+            if again and wait and wait == WAITS[0]:
+                warn(f"{len(again)} of {len(items)} cannot be read; trying for {sum(WAITS):g} s")
             time.sleep(wait if again else 0)
             for i, result in zip(again, pool.map(attempt, [items[i] for i in again])):
                 results[i] = result
@@ -623,7 +625,8 @@ def text_encoder(args, model: n2m.Model, metadata: dict, captions: list[str]):
     if not n2m.uses_text(model):
         return None, metadata
     given, own = args.t5 or metadata["t5"], args.out / "t5"
-    if not given and not own.exists() and jax.process_index() == 0:
+    new = not given and not own.exists() and metadata["t5_fingerprint"] is None
+    if new and jax.process_index() == 0:
         t5_encoder.remove_parts(args.out)
         part = own_part(own)
         try:
@@ -638,8 +641,8 @@ def text_encoder(args, model: n2m.Model, metadata: dict, captions: list[str]):
     any_process(True)  # the others wait for the first
     encoder = t5_encoder.load_text_encoder(given or own)
     check(metadata["t5_fingerprint"] in (None, encoder.fingerprint),
-          f"{given or own}: not the text encoder that {args.model} was trained with so far; leave "
-          "--t5 out")
+          f"{given or own}: not the text encoder that {args.model} was trained with so far; name "
+          "that one with --t5")
     length, counts = model.training.token_length, [*map(encoder.count_tokens, captions)]
     if cut := sum(count >= length for count in counts):
         warn(f"{cut} of {len(captions)} captions are cut to {length - 1} tokens")
@@ -676,7 +679,7 @@ def lock(path: Path):
 
 def train(args, run: Run, folder: Path, clips: list[Clip], mesh, parts: int):
     """The loop: step, log, save, sample; until the last step, a signal, or a loss not finite."""
-    (model, state, metadata, encoder), stop, path = run, [], None
+    (model, state, metadata, encoder), stop = run, []
     # The first signal saves and stops, a second just stops.
     on_signals(lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
     c, step, seed, index = model.training, int(state.step), metadata["seed"], metadata["index"]
@@ -938,14 +941,12 @@ def run(args):
         tracks = [track for folder in folders for track in folder]
     captions = sorted({text for track in tracks for text in track.long + track.short})
     folder = args.out / args.model
+    clips = track_clips(tracks[0]) if args.overfit else mixed_clips(args.data, folders)
     begun = (resumed_run if args.resume else new_run)(args, folder, captions)
     model, n = begun.model, n2m.param_count(begun.model)
     if args.overfit:  # the beginning of the clip in the middle
-        clips = track_clips(tracks[0])
         clip = clips[len(clips) // 2]
         clips = [clip._replace(seconds=min(clip.seconds, model.training.seconds))]
-    else:
-        clips = mixed_clips(args.data, folders)
     mesh, parts = mesh_and_parts(args, model.training.batch_size, begun.metadata.get("parts"))
     print(f"{len(tracks)} tracks, {len(clips)} clips of up to {CLIP_SECONDS} s\n"
           f"{model.name}: {n / 1e6:.1f} M parameters, {n * 16 / 2**30:.2f} GiB with their average "

@@ -74,8 +74,9 @@ def load(path: Path, rate: int = n2m.MEL_RATE) -> np.ndarray:
 
 
 def real_clips(folder: Path) -> list[dict]:
-    entries = map(json.loads, t5_encoder.read_lines(folder / "captions.jsonl"))
-    return [{**entry, "path": folder / entry["audio"]} for entry in entries]
+    with t5_encoder.reading(path := folder / "captions.jsonl"):
+        entries = map(json.loads, t5_encoder.read_lines(path))
+        return [{**entry, "path": folder / entry["audio"]} for entry in entries]
 
 
 def statistics(clips) -> np.ndarray:
@@ -122,11 +123,10 @@ def fads(x, x_names, y, y_names) -> dict:
     and of the next, one."""
     frames = lambda a: np.asarray(a, np.float64).reshape(-1, a.shape[-1])
     fad = lambda a, b: n2m.frechet_distance(n2m.gaussian(frames(a)), n2m.gaussian(frames(b)))
-    of = lambda a, names, name: a[names == name]
     names = list(make_data.INSTRUMENTS)
     pairs = {"same_instrument": zip(names, names),
              "shuffled_prompts": zip(names, names[1:] + names[:1])}
-    averages = {key: np.mean([fad(of(x, x_names, a), of(y, y_names, b)) for a, b in pair])
+    averages = {key: np.mean([fad(x[x_names == a], y[y_names == b]) for a, b in pair])
                 for key, pair in pairs.items()}
     return {"all": fad(x, y), **{key: float(average) for key, average in averages.items()}}
 
@@ -143,9 +143,8 @@ def levels(clips) -> dict:
     for audio in clips:
         flatness = librosa.feature.spectral_flatness(y=audio, n_fft=1024, hop_length=512)[0]
         rows.append((loudness(audio), np.mean(np.abs(audio) > 0.99), np.median(flatness)))
-    low, middle, high = (np.round(q, 4).tolist() for q in np.percentile(rows, (0, 50, 100), axis=0))
-    names = ("dBFS", "clipped", "flatness")
-    return {name: [low[i], middle[i], high[i]] for i, name in enumerate(names)}
+    of_each = np.percentile(rows, (0, 50, 100), axis=0).round(4).T.tolist()
+    return dict(zip(("dBFS", "clipped", "flatness"), of_each))
 
 
 # ---- What is heard where nothing is played ----
@@ -203,9 +202,11 @@ def rests(paths, route: str) -> dict:
 
 def clips(args):
     paths = sorted(path for path in args.clips.glob("*.wav") if path.stem.isdigit())
-    t5_encoder.check(len(paths) >= 36, f"{args.clips}: holds {len(paths)} clips of `sample.py "
-                     "--prompts`; it takes the first 36 of `check.py prompts`, or more")
-    instruments = np.array([instrument_of(int(path.stem)) for path in paths])
+    numbers = [int(path.stem) for path in paths]
+    t5_encoder.check(numbers == [*range(max(36, len(paths)))], f"{args.clips}: holds {len(paths)} "
+                     "clips of `sample.py --prompts`; it takes the first 36 of `check.py prompts`, "
+                     "or more, and none left out")
+    instruments = np.array([*map(instrument_of, numbers)])
     real, held = real_clips(args.data / "train"), real_clips(args.data / "heldout")
     names, held_names = (np.array([e["instrument"] for e in entries]) for entries in (real, held))
     made, kept = [load(path) for path in paths], [load(e["path"]) for e in held]
@@ -262,10 +263,9 @@ def log_spectral_distances(x, truth) -> list[float]:
     return [float(np.mean(np.sqrt(np.mean(square, axis=0)))) for square in squares]
 
 
-def stage(models: Path, text_encoder, name: str, entry: dict, number: int):
+def stage(model: n2m.Model, params, text_encoder, entry: dict, number: int):
     """Log-spectral distances from the truth of the stage's output, and of what needs no training:
     (2, 2)."""
-    model, params, _ = train.load_model(models, name)
     truth = load(entry["path"], model.rate)
     if model.low_rate:
         low = n2m.fft_resample(truth, SECONDS * model.low_rate, np)
@@ -284,10 +284,15 @@ def stage(models: Path, text_encoder, name: str, entry: dict, number: int):
 
 
 def stages(args):
-    text_encoder = t5_encoder.load_text_encoder(args.models / "t5")
     held = real_clips(args.data / "heldout")[: args.n]
     for name in ("waveform_cascader", "spectrogram_vocoder", "superresolution_cascader"):
-        found = np.array([stage(args.models, text_encoder, name, entry, 20_000 + i)
+        model, params, metadata = train.load_model(args.models, name)
+        folder = Path(args.t5 or metadata["t5"] or args.models / "t5")
+        text_encoder = n2m.uses_text(model) and t5_encoder.load_text_encoder(folder)
+        t5_encoder.check(not text_encoder or text_encoder.fingerprint == metadata["t5_fingerprint"],
+                         f"{folder}: not the T5 encoder that {name} was trained with; name that "
+                         "one with --t5")
+        found = np.array([stage(model, params, text_encoder, entry, 20_000 + i)
                           for i, entry in enumerate(held)])  # (N, 2, 2)
         ours, plain = found.mean(axis=0).round(2)
         closer = np.mean(found[:, 0] < found[:, 1], axis=0).round(3)
@@ -316,10 +321,11 @@ def main():
         command.set_defaults(run=run)
         for name in names:
             command.add_argument(name, type=Path)
-    commands.choices["prompts"].add_argument("--seed", type=int, default=1)
+    commands.choices["prompts"].add_argument("--seed", type=train.number(int, 0), default=1)
     add = commands.choices["stages"].add_argument
     add("--models", type=Path, default=Path(__file__).parent)
-    add("-n", type=int, default=72)
+    add("--t5", metavar="DIR")
+    add("-n", type=train.count, default=72)
     args = parser.parse_args()
     train.run_command(args.run, args)
 

@@ -25,20 +25,21 @@ def export(args):
               for name, path in last.items()}
     encoders = {metadata["t5_fingerprint"] for _, _, metadata in loaded.values()} - {None}
     check(len(encoders) < 2, f"{args.out}: would hold models of more than one T5; name another DIR")
+    loaded = {name: of for name, of in loaded.items() if checkpoints(args.runs / name)}
+    reads_text = {n: metadata for n, (*_, metadata) in loaded.items() if metadata["t5_fingerprint"]}
+    if reads_text:  # one T5, wherever any of them says that it is, as sample.py has it
+        named = [metadata["t5"] for metadata in reads_text.values() if metadata["t5"]]
+        t5, copy = Path([*named, args.runs / "t5"][0]), args.out / "t5"
+        check(t5.is_dir() and load_text_encoder(t5).fingerprint in encoders,
+              f"{t5}: not the T5 encoder of {', '.join(reads_text)}; put that there")
+        if t5.resolve() != copy.resolve():
+            copy.unlink() if copy.is_symlink() else shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(t5, copy)
     for name, (model, tensors, metadata) in loaded.items():
-        if not checkpoints(args.runs / name):
-            continue
         path, older = args.out / name / last[name].name, checkpoints(args.out / name)
         for each in older:
             check("step" not in read_safetensors(each)[0],
                   f"{each}: a checkpoint that training goes on from; name another DIR")
-        if metadata["t5_fingerprint"]:
-            t5, copy = Path(metadata["t5"] or args.runs / "t5"), args.out / "t5"
-            check(load_text_encoder(t5).fingerprint == metadata["t5_fingerprint"],
-                  f"{t5}: not the T5 encoder that {name} was trained with")
-            if t5.resolve() != copy.resolve():
-                shutil.rmtree(copy, ignore_errors=True)
-                shutil.copytree(t5, copy)
         tensors = {k: v.astype(jnp.bfloat16) for k, v in tensors.items()}
         write_checkpoint(path, tensors, model, metadata | {"t5": None})
         for each in {*older} - {path}:  # one a model: sample.py would take the last

@@ -18,7 +18,6 @@ non-commercial use) and Palestrina ("rights to all derivative electronic formats
 sound: FluidR3, Frank Wen, MIT licence.
 """
 
-import argparse
 import json
 import re
 import shutil
@@ -36,7 +35,8 @@ import soundfile
 from music21 import converter, corpus
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from t5_encoder import read_lines, whole_file
+import train
+from t5_encoder import check, read_lines, whole_file
 
 SECONDS, RATE = 12, 24_000
 
@@ -290,30 +290,17 @@ def make_split(out: Path, name: str, pieces: list[Piece], n: int, args, pool):
         file.write("".join(lines).encode())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--train", type=int, default=3000, metavar="N",
-                        help="clips to train on (default: 3000)")
-    parser.add_argument("--heldout", type=int, default=600, metavar="N",
-                        help="clips of held-out pieces (default: 600)")
-    parser.add_argument("--soundfont", type=Path, metavar="FILE", help="any .sf2 of General MIDI",
-                        default=Path("/usr/share/sounds/sf2/FluidR3_GM.sf2"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if not args.soundfont.is_file():
-        parser.exit(2, f"{args.soundfont}: no such file; apt-get install fluid-soundfont-gm, or "
-                    "name another with --soundfont\n")
-    with args.soundfont.open("rb") as file:
-        if file.read(12)[8:] != b"sfbk":  # fluidsynth would play another
-            parser.exit(2, f"{args.soundfont}: not a soundfont; name an .sf2 with --soundfont\n")
-    if not shutil.which("fluidsynth"):
-        parser.exit(2, "fluidsynth: not installed; apt-get install fluidsynth\n")
+def make(args):
+    check(args.soundfont.is_file(), f"{args.soundfont}: no such file; apt-get install "
+          "fluid-soundfont-gm, or name another with --soundfont")
+    with args.soundfont.open("rb") as file:  # else fluidsynth would play another
+        check(file.read(12)[8:] == b"sfbk",
+              f"{args.soundfont}: not a soundfont; name an .sf2 with --soundfont")
+    check(shutil.which("fluidsynth"), "fluidsynth: not installed; apt-get install fluidsynth")
     args.out.mkdir(parents=True, exist_ok=True)
     made, kept = f"seed {args.seed}, {args.soundfont.name}\n", args.out / "made_with.txt"
-    if kept.exists() and kept.read_text() != made:
-        parser.exit(2, f"{args.out}: made with {kept.read_text().strip()}; name another OUT\n")
+    check(not kept.exists() or kept.read_text() == made,
+          f"{args.out}: made with other options ({kept}); name another OUT")
     kept.write_text(made)
     with ProcessPoolExecutor() as pool:
         pieces = all_pieces(args.out, pool)
@@ -322,6 +309,19 @@ def main():
         print(f"{len(pieces)} pieces, {len(splits['heldout'])} of them held out", flush=True)
         for name, n in (("train", args.train), ("heldout", args.heldout)):
             make_split(args.out, name, splits[name], n, args, pool)
+
+
+def main():
+    parser = train.new_parser("make_data.py", __doc__)
+    add = parser.add_argument
+    add("out", type=Path, metavar="OUT")
+    add("--train", type=train.count, default=3000, metavar="N", help="clips to train on (3000)")
+    add("--heldout", type=train.count, default=600, metavar="N",
+        help="clips of held-out pieces (600)")
+    add("--soundfont", type=Path, metavar="FILE", help="any .sf2 of General MIDI",
+        default=Path("/usr/share/sounds/sf2/FluidR3_GM.sf2"))
+    add("--seed", type=train.number(int, 0), default=0, help="of all that is drawn (0)")
+    train.run_command(make, parser.parse_args())
 
 
 if __name__ == "__main__":

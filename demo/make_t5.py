@@ -11,7 +11,6 @@ any of the 30,000 most frequent English words (wordfreq, Speer 2022), and such w
 prompt may use words that no caption has.
 """
 
-import argparse
 import functools
 import io
 import sys
@@ -86,11 +85,10 @@ def step(weights, opt, config, tx, ids, mask, targets):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = train.new_parser("make_t5.py", __doc__)
     parser.add_argument("data", type=Path, help="a folder with captions.jsonl")
     parser.add_argument("out", type=Path, help="the T5 folder to make")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=train.count, default=4000)
     return parser.parse_args()
 
 

@@ -93,8 +93,11 @@ def torch_case(torch, inputs):
 
 def network(args):
     """Forward, and a step of training: loss, gradients, Adam and the moving average."""
-    import torch
-    from test_noise2music import torch_unet
+    try:
+        import torch
+        from test_noise2music import torch_unet
+    except ImportError as error:
+        raise ValueError(f'{error}: pip install -e ".[test,reference]"') from None
 
     torch.set_num_threads(THREADS)
     train.keep_memory()  # for both sides

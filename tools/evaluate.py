@@ -71,7 +71,7 @@ def clips_of(folder: Path) -> list:
     """
     tracks, listed = read_tracks(folder, False), (folder / "captions.jsonl").exists()
     samples = [t for t in tracks if not listed and t.path.with_suffix(".json").exists()]
-    check(len(samples) in (0, len(tracks)) or any(t.path.parent == folder for t in samples),
+    check(all(t.path.parent == folder for t in samples),
           f"{folder}: holds samples in a folder below it; move them away")
     stems = {t.path.stem for t in samples}  # 0000 of 0000.waveform_generator, by --keep-stages
     if others := [t.path for t in tracks if samples and t.path.stem.split(".")[0] not in stems]:
@@ -346,7 +346,7 @@ def plot(args):
         raise ValueError('plot draws with matplotlib: pip install -e ".[plot]"') from None
     lines = corpora.read_json_lines(args.sweep)
     needed = {"fad", "similarity", "seconds_per_clip"}
-    check(lines and all(needed <= line.keys() for line in lines),
+    check(lines[1:] and all(needed <= line.keys() for line in lines),
           f"{args.sweep}: holds no points of a sweep, or some without a similarity")
     kept = lines[0]["similarity"]["generated audio"]
     column = "gt-text" if "gt-text" in kept else "gt-audio"

@@ -20,10 +20,10 @@ embedder takes a list of texts and returns (N, E). An array (clips, E) in a .npy
 the place of the first: tracks in the order of metadata.jsonl or of their names, clips in time.
 
 DIR/metadata.jsonl, if there, says of each track {"audio": "one.flac", "title": "...", "tags":
-["jazz", "piano"]}; otherwise all audio in DIR is taken. Of a track with neither title nor tags, the
-title, artist, album and genre that its file holds are taken. The result is the captions.jsonl that
-training reads. A second run goes on where the first was stopped (delete the folder OUT.work after a
-change inside an embedder).
+["jazz", "piano"]}; otherwise all audio in DIR is taken, with the captions of a .txt beside it, if
+any. Of a track with neither title nor tags, the title, artist, album and genre that its file holds
+are taken. The result is the captions.jsonl that training reads. A second run goes on where the
+first was stopped (delete the folder OUT.work after a change inside an embedder).
 """
 
 import importlib

@@ -296,6 +296,8 @@ def parse_args(argv=None):
     if args.here and args.train or args.tiny and not args.here:
         parser.error("--here measures a step of sampling, with --tiny of the small models; --train "
                      "is planned for a TPU that is not here")
+    if args.train and args.only or not args.train and (args.batch_size or args.accumulate):
+        parser.error("--batch-size and --accumulate are --train's, and --only is Table 4's")
     return args
 
 

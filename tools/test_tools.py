@@ -122,6 +122,13 @@ def test_a_plan_counts_what_lies_on_a_chip_meanwhile(capsys):
         plan.plan("x", program, 1e6, chip._replace(memory=3.9), held=held)
 
 
+@pytest.mark.parametrize("argv", ["--here --accumulate 2", "--here --train {0}",
+                                  "v4:2x2x1 --batch-size 9", "v4:2x2x1 --train {0} --only {0}"])
+def test_options_of_a_plan_that_would_do_nothing_are_refused(argv, capfd):
+    argv = argv.format("waveform_cascader").split()
+    assert "--train" in exits(capfd, plan.main, *argv)
+
+
 def test_a_step_is_measured_here(capsys):
     """On the devices of this machine; the models of the paper only where they are fast."""
     plan.main("--here --tiny --num 1 --seconds 0.05 --only superresolution_cascader".split())

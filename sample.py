@@ -95,14 +95,21 @@ def load_weights(args, stages: list[str], mesh):
         if n2m.uses_text(model):
             reads_text[name] = metadata
     check(reads_text, f"--route {args.route}: no model of it reads text")
-    first = next(iter(reads_text.values()))
+    words = next(iter(reads_text.values())).get("words")
+    _, text_encoder = t5_of(reads_text, args.models, args.t5)
+    return weights, text_encoder, words, identity | {"t5": text_encoder.fingerprint}
+
+
+def t5_of(reads_text: dict, models: Path, given=None):
+    """(folder, encoder) of the T5 that models were trained with, by {name: metadata}: the given
+    one, or what one of them names, or what lies beside them."""
     named = (metadata["t5"] for metadata in reads_text.values() if metadata["t5"])
-    folder = Path(args.t5 or next(named, args.models / "t5"))
+    folder = Path(given or next(named, models / "t5"))
     text_encoder = t5_encoder.load_text_encoder(folder)
     for name, metadata in reads_text.items():
         check(metadata["t5_fingerprint"] == text_encoder.fingerprint,
               f"{folder}: not the T5 encoder that {name} was trained with; name that one with --t5")
-    return weights, text_encoder, first.get("words"), identity | {"t5": text_encoder.fingerprint}
+    return folder, text_encoder
 
 
 # ---- Prompts ----

@@ -1585,7 +1585,7 @@ def test_bad_files_and_lines_are_reported_once_and_skipped(tmp_path, capfd):
     files = "zero.wav: has no", "empty.flac", "text.flac"
     for words in (*files, *(f".jsonl:{n}: " for n in range(7, 19))):
         assert words in err, words
-    assert err.count('"start"') == 6 and err.count("\n") == 15 + 3  # two sums, and that one is tried again
+    assert err.count('"start"') == 6 and err.count("\n") == 15 + 3  # two sums, one wait
     assert "skipped 12 of 18" in err and "skipped 3 of 6" in err
     example = maker(clips)
     assert {example(i).text for i in range(20)} == {"good"}
@@ -2038,7 +2038,8 @@ def test_a_prompt_becomes_a_wav_by_each_route(tmp_path, runs):
             stage = soundfile.info(out.with_name(f"music-{i}.{names[1]}.wav"))
             assert (stage.samplerate, stage.frames) == (16_000, 8_000)
         assert i == 1 and not list(out.parent.glob("*.part"))
-        assert out.with_name("music-0.wav").read_bytes() != out.with_name("music-1.wav").read_bytes()
+        first, second = (out.with_name(f"music-{i}.wav").read_bytes() for i in (0, 1))
+        assert first != second
     mel = np.load(tmp_path / "spectrogram/music-1.spectrogram_generator.npy")
     assert mel.shape == (50, 80)
 
@@ -2726,7 +2727,7 @@ def test_two_processes_train_as_one_and_resume_on_another_number(tmp_path, data)
 # ---- noise2music.py: pseudo-labels and metrics, Secs. 3.5 and 4.3.2 ----
 
 def test_top_captions_by_hand(monkeypatch):
-    """Cosines, not products; of equals the lower index; two blocks, one of them filled up, merged."""
+    """Cosines, not products; of equals the lower index; two blocks, one filled up, merged."""
     monkeypatch.setattr(n2m, "CAPTION_BLOCK", 4)
     captions = np.array([[0, 5], [1, 0], [2, 0], [1, 1], [-1, 0], [0, 0]], np.float32)
     clips = np.array([[3, 0], [0, 0.1], [-1, 1]], np.float32)

@@ -147,7 +147,7 @@ def patiently(function: Callable, items: list) -> list:
     with ThreadPoolExecutor(THREADS) as pool:
         for wait in (0, *WAITS):
             again = [i for i, result in enumerate(results) if isinstance(result, OSError)]
-            if again and wait and wait == WAITS[0]:
+            if again and (wait,) == WAITS[:1]:
                 warn(f"{len(again)} of {len(items)} cannot be read; trying for {sum(WAITS):g} s")
             time.sleep(wait if again else 0)
             for i, result in zip(again, pool.map(attempt, [items[i] for i in again])):
@@ -931,6 +931,7 @@ def run(args):
     if args.overfit:
         check(args.overfit.is_file(), f"{args.overfit}: no such file; --overfit memorises one")
         tracks = [Track(args.overfit, (args.overfit.stem,))]
+        clips = track_clips(tracks[0])
     else:
         needs_text = n2m.uses_text(n2m.MODELS[args.model])
         folders = [read_tracks(path, needs_text) for path, _ in args.data]
@@ -939,9 +940,9 @@ def run(args):
             check(not inside or needs_text or (path / "captions.jsonl").exists(),
                   f"{args.out}: lies in {path}, all of whose audio is data; name another --out")
         tracks = [track for folder in folders for track in folder]
+        clips = mixed_clips(args.data, folders)
     captions = sorted({text for track in tracks for text in track.long + track.short})
     folder = args.out / args.model
-    clips = track_clips(tracks[0]) if args.overfit else mixed_clips(args.data, folders)
     begun = (resumed_run if args.resume else new_run)(args, folder, captions)
     model, n = begun.model, n2m.param_count(begun.model)
     if args.overfit:  # the beginning of the clip in the middle

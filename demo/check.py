@@ -287,11 +287,9 @@ def stages(args):
     held = real_clips(args.data / "heldout")[: args.n]
     for name in ("waveform_cascader", "spectrogram_vocoder", "superresolution_cascader"):
         model, params, metadata = train.load_model(args.models, name)
-        folder = Path(args.t5 or metadata["t5"] or args.models / "t5")
-        text_encoder = n2m.uses_text(model) and t5_encoder.load_text_encoder(folder)
-        t5_encoder.check(not text_encoder or text_encoder.fingerprint == metadata["t5_fingerprint"],
-                         f"{folder}: not the T5 encoder that {name} was trained with; name that "
-                         "one with --t5")
+        text_encoder = None
+        if n2m.uses_text(model):
+            _, text_encoder = sample.t5_of({name: metadata}, args.models, args.t5)
         found = np.array([stage(model, params, text_encoder, entry, 20_000 + i)
                           for i, entry in enumerate(held)])  # (N, 2, 2)
         ours, plain = found.mean(axis=0).round(2)

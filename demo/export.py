@@ -14,7 +14,8 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import noise2music as n2m
-from t5_encoder import check, load_text_encoder, read_safetensors
+from sample import t5_of
+from t5_encoder import check, read_safetensors
 from train import checkpoints, load_checkpoint, new_parser, run_command, write_checkpoint
 
 
@@ -27,11 +28,8 @@ def export(args):
     check(len(encoders) < 2, f"{args.out}: would hold models of more than one T5; name another DIR")
     loaded = {name: of for name, of in loaded.items() if checkpoints(args.runs / name)}
     reads_text = {n: metadata for n, (*_, metadata) in loaded.items() if metadata["t5_fingerprint"]}
-    if reads_text:  # one T5, wherever any of them says that it is, as sample.py has it
-        named = [metadata["t5"] for metadata in reads_text.values() if metadata["t5"]]
-        t5, copy = Path([*named, args.runs / "t5"][0]), args.out / "t5"
-        check(t5.is_dir() and load_text_encoder(t5).fingerprint in encoders,
-              f"{t5}: not the T5 encoder of {', '.join(reads_text)}; put that there")
+    if reads_text:  # all of one T5
+        (t5, _), copy = t5_of(reads_text, args.runs, args.t5), args.out / "t5"
         if t5.resolve() != copy.resolve():
             copy.unlink() if copy.is_symlink() else shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(t5, copy)
@@ -51,6 +49,7 @@ def parse_args(argv=None):
     parser = new_parser("export.py", __doc__)
     parser.add_argument("runs", type=Path, metavar="RUNS", help="--out of the runs")
     parser.add_argument("out", type=Path, metavar="DIR", help="for sample.py --models")
+    parser.add_argument("--t5", metavar="DIR", help="where the T5 is, if not where they say")
     args = parser.parse_args(argv)
     if not any(checkpoints(args.runs / name) for name in n2m.MODELS):
         parser.error(f"{args.runs}: no checkpoints in it")

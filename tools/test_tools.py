@@ -71,7 +71,7 @@ def test_exported_averages_sample_and_begin_another_run(tmp_path, data, monkeypa
     shutil.rmtree(tmp_path / "runs" / "t5")
     shutil.copytree(tmp_path / "other" / "t5", tmp_path / "runs" / "t5")
     err = exits(capfd, export.main, tmp_path / "runs", demo)
-    assert f"t5: not the T5 encoder of {name}" in err
+    assert f"t5: not the T5 encoder that {name} was trained with" in err
     shutil.rmtree(tmp_path / "runs")
     run_train(name, "--data", data, "--init", last(demo), "--out", tmp_path / "more", "--steps", 1,
               "--learning-rate", 1e-30)

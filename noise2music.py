@@ -6,7 +6,7 @@
     Eq. 4, App. A.2       the ancestral (DDPM) sampler
     Figs. 5 and 1         the block and the 1D Efficient U-Net
     Secs. 3.3, 4.1        what the cascaded models are conditioned on, and how that is augmented
-    Secs. 3.3, 4.2.1      both routes from prompts to 24 kHz audio
+    Sec. 3.3              both routes from prompts to 24 kHz audio
     Sec. 3.5              pseudo-labels
     Sec. 4.3.2            Frechet audio distance and similarity
     Sec. 4.2.2            how all of it is laid out on many devices
@@ -39,7 +39,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 # ---- The tables ----
 
 MEL_CHANNELS = 80  # Sec. 3.3.2: a log-mel frame has 80 channels ...
-HOP = 160  # ... and is 10 ms of 16 kHz audio; 160 is also the vocoder's compression rate
+HOP = 160  # ... every 10 ms, at 16 kHz (Sec. 3.6); 160 is also the vocoder's compression rate
 MEL_RATE = 16_000
 
 
@@ -92,7 +92,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """A row of Table 3; below `# ---`, what is the same for all five."""
+    """A row of Table 3; below `# ---`, what it lacks: the paper's five keep the defaults."""
     step_schedule: str  # a key of TABLE_8[model], or of STEP_SCHEDULES
     gamma: float
     cfg_scale: float | None
@@ -194,8 +194,8 @@ TABLE_8 = {  # sizes of the time steps, from t = 0 to t = 1
 
 STEP_SCHEDULES = {"uniform": [1.0 / 1000] * 1000}  # beside Table 8, for any model
 
-SEC_3_3 = {                     # x per second  Hz of training audio  Hz of the low-fidelity audio
-    # departs: Sec. 3.6 samples this model's audio at 16 kHz; here it is read at 3.2 kHz directly.
+SEC_3_3 = {                     # x per second  Hz of training audio  Hz of low-fidelity audio
+    # The training audio is Sec. 3.6's. departs: it has 16 kHz here too; we read it at 3.2 kHz.
     "waveform_generator":       (3_200,         3_200,                None),
     "waveform_cascader":        (16_000,        16_000,               3_200),
     "spectrogram_generator":    (100,           16_000,               None),
@@ -251,8 +251,9 @@ def linear(t, xp=jnp):
     departs: Eq. 5 as printed ends at sigma_1^2 = 0.02, a nearly clean clip, while sampling starts
     from N(0, I). The constants 1e-4 and 0.02 are the first and the last of Ho et al.'s 1000 betas,
     which rise linearly. In continuous time (the VP SDE of Song et al., 2021) beta rises from 0.1 to
-    20, and sigma_t^2 = 1 - e^-b with b = 1e-4 + the integral of beta from 0 to t, so that sigma_0^2
-    is as printed. Eq. 3: logsnr_t = -ln(e^b - 1). Ho's step n of 1000 is t = (n - 1) / 999."""
+    20, and sigma_t^2 = 1 - e^-B with B = 1e-4 + the integral of beta from 0 to t, so that sigma_0^2
+    is as printed. Eq. 3: logsnr_t = -ln(e^B - 1). Ho's step n of 1000 is t = (n - 1) / 999, to 0.07
+    nat."""
     return -xp.log(xp.expm1(1e-4 + 0.1 * t + 9.95 * t**2))
 
 
@@ -289,12 +290,13 @@ class Condition(NamedTuple):
     low_fi: jax.Array | None = None  # (B, T, 1) stacked with x_t
     aligned: jax.Array | None = None  # (B, T / prod(strides), 80) added at the bottom
     text: jax.Array | None = None  # (B, L, E) token embeddings
-    text_mask: jax.Array | None = None  # (B, L) True on tokens, False on padding
+    # (B, L) True on tokens, False on padding. choice: attention sees no padding
+    text_mask: jax.Array | None = None
 
 
 class Batch(NamedTuple):
     """What training reads: clips, and what the data set says of them."""
-    audio: jax.Array  # (B, samples) at the model's audio_rate, in [-1, 1]
+    audio: jax.Array  # (B, samples) at the model's audio_rate. choice: in [-1, 1]
     condition: Condition  # with the text, where the model uses it
 
 
@@ -322,10 +324,9 @@ def diffusion_loss(params, model: Model, key, batch: Batch):
 def guided_eps(params, model: Model, x_t, t, condition: Condition):
     """Sec. 3.1: w eps(x_t, c) + (1 - w) eps(x_t, .), w of Table 3. x_t (B, T, C), t a scalar.
 
-    Without text (w is None), and for w = 1, it is the conditional prediction. The text alone is
-    hidden, not the audio. numerics: one call on a doubled batch, the two rows of a clip adjacent.
-    In bfloat16 the demo's models err in eps by up to 0.035 rms (super-resolution by 0.17 at the
-    last step), guided by up to 0.085."""
+    Without text (w is None), and for w = 1, it is the conditional prediction. choice: text alone is
+    hidden, as in Sec. 4.1; Sec. 3.1's "conditional input" is the cascader's audio too.
+    numerics: one call on a doubled batch, the two rows of a clip adjacent."""
     b, w = x_t.shape[0], model.inference.cfg_scale
     if w in (None, 1) or not uses_text(model):
         return unet(params, model.unet, x_t, jnp.full(b, t), condition, jnp.ones(b))
@@ -339,8 +340,8 @@ def dynamic_clip(x0_hat, q=0.995):
     """Sec. 3.1, Saharia et al. (2022b): x0_hat is clipped to [-s, s] and divided by s. (B, T, C).
 
     s, not Eq. 4's time s, is a percentile of |x0_hat| in each clip, and at least 1, the range of
-    audio and log-mel. choice: the 99.5th. choice: Sec. 3.1 clips "due to CFG"; we clip the two
-    models without CFG too, since Eq. 4 needs an x0_hat in range."""
+    audio and log-mel. choice: the 99.5th. departs: Sec. 3.1 clips "due to CFG"; we clip the two
+    models without CFG too, since what they make lies in that range as well."""
     s = percentile(jnp.abs(x0_hat).reshape(x0_hat.shape[0], -1), q)  # (B,)
     s = jnp.maximum(s, 1.0)[:, None, None]  # (B, 1, 1)
     return jnp.clip(x0_hat, -s, s) / s
@@ -443,8 +444,8 @@ def sample(params, model: Model, condition: Condition, keys, length: int, progre
 
 # ---- Parameters and layers ----
 # Each parameter is declared once, beside the layer that uses it: shape, logical axes (the rows of
-# SHARDING), initialiser. Read (B, ..., T, C) as (B, T, C): only on a TPU is there an axis between,
-# where clips are cut into pieces (`on_a_tpu_in_pieces`).
+# SHARDING), initialiser. Read (B, ..., T, C) as (B, T, C): only on a TPU, where clips are cut into
+# pieces (`on_a_tpu_in_pieces`), is there an axis between.
 
 @dataclass(frozen=True)  # not a NamedTuple: JAX would take that apart
 class Param:
@@ -499,7 +500,7 @@ def per_clip(v, x):
 def group_norm(p, x, groups):
     """Normalises each clip over time and the channels of a group. x (B, ..., T, C) of any type.
 
-    choice: a snippet model averages 3.2 s in training, 30 s in sampling. numerics: moments over
+    choice: all the time there is: 3.2 s in training, 30 s in sampling. numerics: moments over
     time, then over groups, then one multiply-add are several times faster on a CPU than a reshape
     to groups. It is done in float32, since a mean can be many deviations from 0."""
     c, x32, time_axes = x.shape[-1], x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
@@ -608,9 +609,10 @@ def block(p, cfg: UNetConfig, x, time, text, text_mask, text_on):
 def downsample(p, x, stride):
     """App. B.1: convolution of stride S, (B, T, C_{I-1}) -> (B, T / S, C_I).
 
-    choice: a kernel of 2 S, by Table 2's counts. numerics: S frames are folded into the channels,
-    then convolved with two taps. `upsample` does the reverse, and pads on the other side: each is
-    the other's adjoint, and undoes its shift in time."""
+    choice: a kernel of 2 S, with which all five of Table 2's counts agree to 2.2 %. Table 9's would
+    make the first two as printed, 724.0 and 487.1 M, but leave the next two 4 % off. numerics: S
+    frames are folded into the channels, then convolved with two taps. `upsample` does the reverse,
+    and pads on the other side: so it undoes the shift in time."""
     *batch, t, c = x.shape
     return conv1d(p, x.reshape(*batch, t // stride, stride * c), left=0)
 
@@ -618,7 +620,7 @@ def downsample(p, x, stride):
 def upsample(p, x, stride):
     """App. B.1: "the mirror operation" of stride S, (B, T, C_I) -> (B, T S, C_{I-1}).
 
-    choice: a transposed convolution, a kernel of 2 S, a bias for each of the output's S phases."""
+    choice: a transposed convolution, the same kernel, a bias for each of the output's S phases."""
     *batch, t, _ = x.shape
     return conv1d(p, x, left=1).reshape(*batch, t * stride, -1)
 
@@ -645,6 +647,7 @@ def unet_spec(cfg: UNetConfig):
                   "blocks": blocks(n, c, sa, ca)} for s, n, sa, ca, outer, c in depths],
         "up": [{"resample": conv_spec(2, c, s * outer, ("channels", "whole")),  # and back
                 "blocks": blocks(n, outer, sa, ca)} for s, n, sa, ca, outer, c in depths],
+        # choice: the exit begins as zeros, as a block's branches do
         "exit": conv_spec(3, widths[0], cfg.out_channels, ("channels", "whole"), jnp.zeros_like),
     }
     if cfg.aligned_channels:  # choice: a 1x1 layer
@@ -764,7 +767,7 @@ def log_mel(audio):
 # ---- Training inputs and their augmentation (Sec. 4.1) ----
 
 def noise_augment(key, x, t_max, schedule):
-    """Sec. 4.1: noise of "a random diffusion time [...] chosen within [0, t_max]". x (B, T, C).
+    """Sec. 4.1: noise of "a random diffusion time" "within [0, t_max]". x (B, T, C).
 
     choice: by the model's own schedule; the network is not told t: Fig. 1 has no entry for it."""
     key_t, key_eps = jax.random.split(key)
@@ -787,7 +790,8 @@ def gaussian_blur(x, std, taps, axis):
 
 
 def augment(model: Model, key, x, blur_axes):
-    """Sec. 4.1: blur and noise on a conditioning input x (B, T, C). choice: blur first."""
+    """Sec. 4.1: blur and noise on a conditioning input x (B, T, C). choice: blur first, and of the
+    up-sampled audio, as the noise: its deviation counts samples at 16 kHz."""
     key_blur, key_noise = jax.random.split(key)
     training = model.training
     if training.blur_taps:
@@ -814,8 +818,8 @@ def padded_length(cfg: UNetConfig, length: int) -> int:
 def training_inputs(model: Model, key, batch: Batch):
     """Sec. 3.3: x (B, T, C), and the condition it comes with.
 
-    choice: low-fidelity audio is made of the snippet, not of the clip that it is cut from. The
-    FFT then takes the snippet for one period; in sampling, the whole clip."""
+    choice: low-fidelity audio and log-mel are made of the snippet, not of the clip that it is cut
+    from. The FFT then takes the snippet for one period, the log-mel has silence around it."""
     audio, condition = batch
     samples = audio.shape[1]
     x = log_mel(audio) if writes_log_mel(model) else audio[:, :, None]  # (B, T, C)
@@ -830,7 +834,7 @@ def training_inputs(model: Model, key, batch: Batch):
     return pad_to(x, T, -1 if writes_log_mel(model) else 0), condition
 
 
-# ---- Both routes, from prompts to audio (Secs. 3.3 and 4.2.1) ----
+# ---- Both routes, from prompts to audio (Sec. 3.3) ----
 
 def sampling_condition(model: Model, given: Condition, previous, seconds: float) -> Condition:
     """Sec. 3.3: `given`, with `previous`, the output of the stage before, as low_fi or aligned.
@@ -856,7 +860,7 @@ def generate(prompts, weights, encode, seconds=30.0, seed=0, progress=None):
     encode     (prompts, Model) -> Condition with their embeddings and mask (Sec. 3.4), where
                the model reads text
     progress   called as progress(name, done, N)
-    Returns {name: its output}: audio (B, seconds * rate), or log-mel (B, seconds * 100, 80)."""
+    Returns {name: its output}: audio (B, seconds * rate), log-mel (B, frames that cover it, 80)."""
     outputs, previous = {}, None
     for stage, (name, (model, params)) in enumerate(weights.items()):
         condition = sampling_condition(model, encode(prompts, model), previous, seconds)
@@ -997,7 +1001,7 @@ def make_mesh(model: int = 1, devices=None) -> jax.sharding.Mesh:
 def partition(mesh, shape, axes, column=0) -> PartitionSpec:
     """How SHARDING splits an array. ValueError where an axis does not divide, or two share devices.
 
-    The second column only saves memory, so what does not divide there stays whole."""
+    The second column only saves memory: what does not divide there stays whole."""
     spec = [SHARDING[axis][column] for axis in axes]
     for i, (size, axis, over) in enumerate(zip(shape, axes, spec)):
         if over and over in spec[:i]:
@@ -1148,7 +1152,8 @@ def renoise_updates(schedule: Callable, times: np.ndarray, gamma: float) -> Upda
     """`ddpm_updates` that draws x_s from q(x_s | x0_hat) (Eq. 2), with noise that is all new.
 
     It re-noises x0_hat instead of keeping part of x_t: errors of a small network do not accumulate,
-    but undecided detail is lost. So it is for models whose condition leaves little open."""
+    but undecided detail is lost. So it is for models whose condition leaves little open. gamma
+    plays no part."""
     u = ddpm_updates(schedule, times, 0)
     alpha_s, sigma_s = np.float32([*u.alpha_t[1:], 1]), np.float32([*u.sigma_t[1:], 0])
     return u._replace(keep=0 * u.keep, toward=alpha_s, noise=sigma_s)
@@ -1167,15 +1172,15 @@ def with_input_band(x, low_fi, rate: int, low_rate: int):
 
 @partial(jax.jit, static_argnames=("rate", "hz"))
 def without_hum(x, rate: int, hz: float):
-    """Audio (B, T, C) at `rate` without what is within some 3 Hz of hz, 2 hz, 3 hz, ...
+    """Audio (B, T, C) at `rate` without hz, 2 hz, 3 hz, ...: half is left 1.7 Hz away, all at 5.
 
     Up-sampling leaves a tone at the rate of the layer below (Pons et al., 2020). It is a fortieth
     of the error of eps, so no loss sees it; but it has the same phase at every step, and in a rest
-    it stands 28 dB above the noise around it. Music has next to nothing in these few hertz. The
+    it stands up to 26 dB above the noise around it. Music has next to nothing in these hertz. The
     filter is soft: a sharp one rings, and puts what it takes from loud music into the rests."""
     frequency = jnp.fft.rfftfreq(x.shape[1], 1 / rate)
     nearest = hz * jnp.maximum(1, jnp.round(frequency / hz))
-    kept = 1 - jnp.exp(-(((frequency - nearest) / 2) ** 2))  # half is kept at 1.7 Hz, all at 5
+    kept = 1 - jnp.exp(-(((frequency - nearest) / 2) ** 2))
     spectrum = jnp.fft.rfft(x, axis=1) * kept[:, None]
     return jnp.clip(jnp.fft.irfft(spectrum, x.shape[1], axis=1), -1, 1)
 
@@ -1203,8 +1208,8 @@ def tiny(model: Model) -> Model:
 
     A stride of S folds S frames of 80 channels into one vector; if that is much narrower than 80 S,
     noise and music cannot be told apart. So the spectrogram generator strides by 2 first, not by 4.
-    The log-mel enters the vocoder at the bottom: only blocks on the way up see it. The vocoder's
-    last stride is 2, so the first of them are wide and of a low rate. The generators spend blocks
+    The log-mel enters the vocoder at the bottom: only blocks on the way up see it. Its last stride
+    is 2, so the first of those blocks are 224 channels wide, at 200 Hz. The generators spend blocks
     where a frame is the attack of a note, and none at the last depth, where one is a second."""
     base, kernel, strides, channels, blocks, t_max, steps, hum = TINY[model.name]
     unet = replace(model.unet, base_dimension=base, kernel_size=kernel, strides=strides,
@@ -1221,7 +1226,7 @@ def tiny(model: Model) -> Model:
         # A model without text must learn to find tones in loud noise. The quiet schedules have
         # little of it, so it weighs more.
         loss_weight=model.training.loss_weight if uses_text(model) else "velocity")
-    # Half the guidance and no extra noise suit a small model. So do even steps: 64 back-heavy ones
+    # Half the guidance and gamma = 0 suit a small model. So do even steps: 64 back-heavy ones
     # leave four for t < 1/3, where detail is made. Super-resolution, to which two thirds of x are
     # known from the start, takes larger steps at first and smaller ones at last.
     schedule = "quadratic" if model.rate > MEL_RATE else "uniform"

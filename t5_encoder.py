@@ -41,7 +41,7 @@ class TextEncoder(NamedTuple):
 
 
 def load_text_encoder(folder):
-    """The text encoder in a folder. One that is not a T5 takes its place here, and only here."""
+    """The text encoder in a folder. To use one that is not a T5, change this function alone."""
     t5 = load_t5(folder)
     return TextEncoder(t5.config.d_model, functools.partial(encode, t5),
                        functools.partial(count_tokens, t5), fingerprint(t5))
@@ -153,7 +153,7 @@ def text_to_ids(t5, text):
 
 def tokenize(t5, texts, length):
     """ids (B, L) int32 and mask (B, L) bool of a list of strings, L = length, True at the tokens.
-    Every row ends in </s> (1), kept where the text is cut, then <pad> (0)."""
+    choice: every row ends in </s> (1), which counts and stays where the text is cut; then <pad>."""
     check(not isinstance(texts, str) and length >= 1, "give a list of texts, a length above 0")
     ids = np.zeros((len(texts), length), np.int32)
     for row, text in zip(ids, texts):
@@ -163,8 +163,7 @@ def tokenize(t5, texts, length):
 
 
 def count_tokens(t5, text):
-    """Number of tokens of a string, </s> not counted; 0 if no token is known: each is <unk>, or the
-    "▁" before one."""
+    """Number of tokens of a string, without </s>; 0 if all are <unk>, or the "▁" before one."""
     ids = text_to_ids(t5, text)
     return len(ids) if set(ids) - {t5.tokenizer.unk_id(), t5.tokenizer.piece_to_id("▁")} else 0
 
@@ -253,7 +252,7 @@ def remove_parts(folder):
 
 @contextlib.contextmanager
 def naming(path):
-    """An OSError from within names the path. Of a full disk, or one without locks, it has none."""
+    """An OSError from within names the path. By itself that of a full disk has none."""
     try:
         yield
     except OSError as error:
@@ -263,8 +262,8 @@ def naming(path):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A binary file to write, which has its name once all of it is on the disk; or never, on any
-    error. An OSError names the path. Folders are made."""
+    """A binary file to write. It gets its name when all of it is on the disk; on an error, never.
+    An OSError names the path. Folders are made."""
     path = Path(path)
     part = own_part(path)
     try:
@@ -297,7 +296,8 @@ def load_t5(folder):
         check(0 < config.layer_norm_epsilon < 1, "layer_norm_epsilon is not between 0 and 1")
         exact = config.relative_attention_num_buckets // 4
         check(0 < exact < config.relative_attention_max_distance,
-              "relative_attention_max_distance is not above a quarter of its buckets")
+              "relative_attention_num_buckets is below 4, or a quarter of it is not below "
+              "relative_attention_max_distance")
     with reading(path := folder / "spiece.model"):
         check(model := regular(path).read_bytes(), "is empty")  # old sentencepieces would crash
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)

@@ -1126,7 +1126,7 @@ def test_token_ids_equal_transformers(t5, without_bytes, tmp_path):
                 assert 2 not in ids[mask] and 2 in expected
             else:
                 assert ids[mask].tolist() == expected, ascii(text)[:80]
-        assert theirs("a</s>b").input_ids.count(1) == 2  # departs: in ours it stays text, see below
+        assert theirs("a</s>b").input_ids.count(1) == 2  # in ours it stays text, see below
 
 
 def test_text_cannot_spell_control_tokens(t5, without_bytes):
@@ -1955,6 +1955,10 @@ def test_a_noise_schedule_and_a_sixth_model_are_entries_of_tables(tmp_path, data
     audio = n2m.generate(["a tone"], {"sixth": (model, params)}, encode, 0.5)["sixth"]
     assert audio.shape == (1, 1_000) and np.isfinite(audio).all() and audio.std() > 0
     assert "no small variant of sixth" in exits(capfd, train.main, *argv, "--tiny")
+    paper = replace(n2m.MODELS["waveform_generator"], name="sixth")  # its steps are Table 8's
+    monkeypatch.setitem(n2m.MODELS, "sixth", paper)
+    lacks = "MODELS['sixth']: needs TABLE_8['sixth']['front_heavy']"
+    assert lacks in exits(capfd, train.main, *argv[:-1], tmp_path / "new")
 
 
 def test_another_conditioning_input_is_five_places_to_touch(tmp_path, data, monkeypatch):
@@ -2849,7 +2853,7 @@ def test_the_map_of_the_readme_is_complete_and_every_name_in_it_is_there():
 
 
 def test_the_table_of_choices_is_what_grep_finds():
-    """`grep -nE "choice:|departs:"`, by the top-level name around or below the line."""
+    """What the README's grep finds, by the top-level name around or below the line."""
     tagged, listed = set(), set()
     tools = (f"tools/{name}.py" for name in ("corpora", "evaluate", "label", "listen", "plan"))
     for file in ("noise2music.py", "t5_encoder.py", "train.py", "sample.py", *tools):

@@ -514,6 +514,16 @@ def model_from_json(text: str) -> n2m.Model:
     return n2m.Model(**d | {key: part(**tuples(d[key])) for key, part in parts.items()})
 
 
+def check_entries(model: n2m.Model, where):
+    """ValueError unless the tables have all that a model names, as those of a fork may not."""
+    for table, entries, entry in [
+            ("SCHEDULES", n2m.SCHEDULES, model.training.noise_schedule),
+            ("LOSS_WEIGHTS", n2m.LOSS_WEIGHTS, model.training.loss_weight),
+            ("SAMPLERS", n2m.SAMPLERS, model.inference.sampler),
+            (f"TABLE_8[{model.name!r}]", n2m.step_schedules(model), model.inference.step_schedule)]:
+        check(entry in entries, f"{where}: needs {table}[{entry!r}], which is not here; add it")
+
+
 def load_checkpoint(path: Path, name: str, keep=lambda tensor: True):
     """(model, {name: array}, metadata) of a checkpoint, which must be of the model `name`."""
     tensors, metadata = t5_encoder.read_safetensors(path, keep)
@@ -525,13 +535,7 @@ def load_checkpoint(path: Path, name: str, keep=lambda tensor: True):
         raise ValueError(f"{path}: not a checkpoint of this project; move it away") from None
     check(model.name == name,
           f"{path}: a checkpoint of {model.name}, not of {name}; move it to its own folder")
-    for table, entries, entry in [
-            ("SCHEDULES", n2m.SCHEDULES, model.training.noise_schedule),
-            ("LOSS_WEIGHTS", n2m.LOSS_WEIGHTS, model.training.loss_weight),
-            ("SAMPLERS", n2m.SAMPLERS, model.inference.sampler),
-            ("STEP_SCHEDULES", n2m.step_schedules(model), model.inference.step_schedule)]:
-        check(entry in entries, f"{path}: needs {table}[{entry!r}], which is not here; load it "
-              "where it was made")
+    check_entries(model, path)
     return model, tensors, metadata
 
 
@@ -580,6 +584,7 @@ def new_run(args, folder: Path, captions: list[str]) -> Run:
     model, params, metadata = n2m.MODELS[args.model], None, {"t5": None, "t5_fingerprint": None}
     check(model.name == args.model, f"MODELS[{args.model!r}] has the name {model.name!r}")
     model = n2m.tiny(model) if args.tiny else model
+    check_entries(model, f"MODELS[{args.model!r}]")
     if args.init:
         check(args.init.is_file(), f"{args.init}: --init takes a file, checkpoint-*.safetensors")
         model, params, metadata = load_params(args.init, args.model)

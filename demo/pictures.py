@@ -67,7 +67,7 @@ def steps():
     """Fig. 4: the time reached after each step of inference, by every list of Table 8."""
     figure, grid = pyplot.subplots(2, 3, figsize=(8, 4.2), sharey=True)
     colours = dict(front_heavy="C0", uniform="0.6", back_heavy="C1", back_heavy_eval="C3")
-    for name, axes in zip(n2m.MODELS, grid.flat):
+    for name, axes in zip(n2m.TABLE_2, grid.flat):
         used = n2m.MODELS[name].inference.step_schedule  # Table 3
         for schedule, deltas in n2m.TABLE_8[name].items():
             times = n2m.denoising_times(deltas)[::-1]  # sampling begins at t = 1

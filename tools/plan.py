@@ -216,7 +216,7 @@ def measure_here(args):
           f"{device.device_kind}, where a matrix product reaches {rate / 1e12:.1f} TFLOP/s\n"
           f"{'model':25s} {'step':>10s} {'of the product':>15s} {'memory':>10s} compiled in")
     for name, model in n2m.MODELS.items():
-        if args.only not in (None, name):
+        if args.only not in (None, name) or args.tiny and name not in n2m.TINY:
             continue
         model = n2m.tiny(model) if args.tiny else model
         model = replace(model, unet=replace(model.unet, dtype="bfloat16"))

@@ -1210,7 +1210,7 @@ def tiny(model: Model) -> Model:
     noise and music cannot be told apart. So the spectrogram generator strides by 2 first, not by 4.
     The log-mel enters the vocoder at the bottom: only blocks on the way up see it. The vocoder's
     last stride is 2, so the first of those are 224 channels wide, at 200 Hz. The generators spend
-    blocks where a frame is the attack of a note, and none at the last depth, where it is a second."""
+    blocks where a frame is the attack of a note, and none at the last depth, where it is 1 s."""
     base, kernel, strides, channels, blocks, t_max, steps, hum = TINY[model.name]
     unet = replace(model.unet, base_dimension=base, kernel_size=kernel, strides=strides,
                    channels=channels, blocks=blocks, head_width=16, text_width=64)

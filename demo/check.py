@@ -75,7 +75,9 @@ def load(path: Path, rate: int = n2m.MEL_RATE) -> np.ndarray:
 
 def real_clips(folder: Path) -> list[dict]:
     with t5_encoder.reading(path := folder / "captions.jsonl"):
-        entries = map(json.loads, t5_encoder.read_lines(path))
+        entries = [json.loads(line) for line in t5_encoder.read_lines(path)]
+        needed = {"audio", "long", "instrument", "notes_per_second"}
+        t5_encoder.check(all(needed <= entry.keys() for entry in entries), "not of make_data.py")
         return [{**entry, "path": folder / entry["audio"]} for entry in entries]
 
 
@@ -206,6 +208,7 @@ def clips(args):
     t5_encoder.check(numbers == [*range(max(36, len(paths)))], f"{args.clips}: holds {len(paths)} "
                      "clips of `sample.py --prompts`; it takes the first 36 of `check.py prompts`, "
                      "or more, and none left out")
+    route = json.loads(paths[0].with_suffix(".json").read_text())["route"]
     instruments = np.array([*map(instrument_of, numbers)])
     real, held = real_clips(args.data / "train"), real_clips(args.data / "heldout")
     names, held_names = (np.array([e["instrument"] for e in entries]) for entries in (real, held))
@@ -241,7 +244,7 @@ def clips(args):
         "fad_of_a_second_real_half": fads(y[:half], held_names[:half], y[half:], held_names[half:]),
         "levels": levels(made),
         "levels_of_heldout": levels(kept),
-        "rests": rests(paths, json.loads(paths[0].with_suffix(".json").read_text())["route"]),
+        "rests": rests(paths, route),
     }
     print(json.dumps(result, indent=1))
 
@@ -312,7 +315,8 @@ def picture(args):
 
 def main():
     parser = train.new_parser("check.py", __doc__)
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(
+        required=True, parser_class=lambda prog, **_: train.new_parser(prog, __doc__))
     places = {prompts: ["out"], clips: ["data", "clips"], stages: ["data"], picture: ["wav", "png"]}
     for run, names in places.items():
         command = commands.add_parser(run.__name__)

@@ -27,6 +27,10 @@ def export(args):
     encoders = {metadata["t5_fingerprint"] for _, _, metadata in loaded.values()} - {None}
     check(len(encoders) < 2, f"{args.out}: would hold models of more than one T5; name another DIR")
     loaded = {name: of for name, of in loaded.items() if checkpoints(args.runs / name)}
+    older = {name: checkpoints(args.out / name) for name in loaded}
+    for each in sum(older.values(), []):  # before anything is written
+        check("step" not in read_safetensors(each)[0],
+              f"{each}: a checkpoint that training goes on from; name another DIR")
     reads_text = {n: metadata for n, (*_, metadata) in loaded.items() if metadata["t5_fingerprint"]}
     if reads_text:  # all of one T5
         (t5, _), copy = t5_of(reads_text, args.runs, args.t5), args.out / "t5"
@@ -34,13 +38,10 @@ def export(args):
             copy.unlink() if copy.is_symlink() else shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(t5, copy)
     for name, (model, tensors, metadata) in loaded.items():
-        path, older = args.out / name / last[name].name, checkpoints(args.out / name)
-        for each in older:
-            check("step" not in read_safetensors(each)[0],
-                  f"{each}: a checkpoint that training goes on from; name another DIR")
+        path = args.out / name / last[name].name
         tensors = {k: v.astype(jnp.bfloat16) for k, v in tensors.items()}
         write_checkpoint(path, tensors, model, metadata | {"t5": None})
-        for each in {*older} - {path}:  # one a model: sample.py would take the last
+        for each in {*older[name]} - {path}:  # one a model: sample.py would take the last
             each.unlink()
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 

@@ -246,10 +246,11 @@ def render(file: mido.MidiFile, soundfont: Path) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         mid, wav = Path(folder) / "a.mid", Path(folder) / "a.wav"
         file.save(mid)
-        subprocess.run(["fluidsynth", "-niq", "-g", "0.5", "-r", str(RATE), "-o",
+        run = subprocess.run(["fluidsynth", "-niq", "-g", "0.5", "-r", str(RATE), "-o",
                         "synth.chorus.active=0", "-o", "synth.dynamic-sample-loading=1", "-F",
                         str(wav), str(soundfont), str(mid)],
-                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                       capture_output=True, text=True)
+        check(not run.returncode, f"fluidsynth: {run.stderr.strip()[-200:] or 'failed'}")
         audio = soundfile.read(wav, dtype="float32", always_2d=True)[0].mean(axis=1)
     audio = np.pad(audio[: SECONDS * RATE], (0, max(0, SECONDS * RATE - len(audio))))
     return audio * min(10 ** (-15 / 20) / np.sqrt(np.mean(audio**2)), 0.95 / np.abs(audio).max())
@@ -294,8 +295,9 @@ def make(args):
     check(args.soundfont.is_file(), f"{args.soundfont}: no such file; apt-get install "
           "fluid-soundfont-gm, or name another with --soundfont")
     with args.soundfont.open("rb") as file:  # else fluidsynth would play another
-        check(file.read(12)[8:] == b"sfbk",
-              f"{args.soundfont}: not a soundfont; name an .sf2 with --soundfont")
+        head, size = file.read(12), args.soundfont.stat().st_size
+        check(head[8:] == b"sfbk" and 8 + int.from_bytes(head[4:8], "little") <= size,
+              f"{args.soundfont}: not a whole soundfont; name an .sf2 with --soundfont")
     check(shutil.which("fluidsynth"), "fluidsynth: not installed; apt-get install fluidsynth")
     args.out.mkdir(parents=True, exist_ok=True)
     made, kept = f"seed {args.seed}, {args.soundfont.name}\n", args.out / "made_with.txt"

@@ -111,7 +111,8 @@ def make(args):
     config = replace(t5.config, vocab_size=tokenizer.get_piece_size())
     head = jax.random.normal(jax.random.key(2), (128, 256)) / 128**0.5
     weights = {"t5": {**t5.params, "embed": embed}, "head": head}
-    tx = optax.adam(optax.warmup_cosine_decay_schedule(0, 3e-3, 100, args.steps))
+    tx = optax.adam(optax.warmup_cosine_decay_schedule(
+        0, 3e-3, min(100, args.steps // 2), args.steps))
     opt, rng, losses, begin = tx.init(weights), np.random.default_rng(0), [], time.monotonic()
     for n in range(1, args.steps + 1):
         batch = draw_batch(rng, tokenizer, vector_of, draw)

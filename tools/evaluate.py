@@ -324,12 +324,13 @@ def sweep(args):
             print(f"[{n}/{len(points)}] {point}", file=sys.stderr)
             check({path.name for path in folder.glob("*.wav")} <= {*names},
                   f"{folder}: holds clips of another sweep; move it away")
-            for i, prompt in enumerate(prompts):
-                job = Job(prompt, args.seed + i, seconds, folder / names[i])
-                if not finished(args, changed, identity, job):
-                    check_writable(job.out)
-                    run_job(args, changed, encoder, identity, mesh, job)
-            files = sorted(folder.glob("*.json"))[1:]  # the first clip's time is with compilation
+            jobs = [Job(prompt, args.seed + i, seconds, folder / names[i])
+                    for i, prompt in enumerate(prompts)]
+            left = [job for job in jobs if not finished(args, changed, identity, job)]
+            for job in dict.fromkeys(left and [jobs[0], *left]):  # the first compiles, always
+                check_writable(job.out)
+                run_job(args, changed, encoder, identity, mesh, job)
+            files = sorted(folder.glob("*.json"))[1:]
             took = [parse_json(path.read_bytes())["sampled_in"] for path in files]
             generated = evaluation_set(folder, args.audio_embedder, args.excerpt)
             line = {"model": name, **changes, "seconds_per_clip": round(float(np.median(took)), 3),
@@ -345,8 +346,9 @@ def plot(args):
     except ImportError:
         raise ValueError('plot draws with matplotlib: pip install -e ".[plot]"') from None
     lines = corpora.read_json_lines(args.sweep)
-    needed = {"fad", "similarity", "seconds_per_clip"}
-    check(lines[1:] and all(needed <= line.keys() for line in lines),
+    needed = {"model", "fad", "similarity", "seconds_per_clip"}
+    check(lines[1:] and all(needed <= line.keys() and isinstance(line["similarity"], dict)
+                            for line in lines),
           f"{args.sweep}: holds no points of a sweep, or some without a similarity")
     kept = lines[0]["similarity"]["generated audio"]
     column = "gt-text" if "gt-text" in kept else "gt-audio"

@@ -321,6 +321,8 @@ def parse_args(argv):
         parser.error("--vocabulary takes KIND FILE [K' [K]]")
     if args.vocabulary and not args.audio_embedder:
         parser.error("--vocabulary needs an --audio-embedder to compare the captions with")
+    if not args.vocabulary and (args.audio_embedder or args.text_embedder):
+        parser.error("the embedders compare clips with a --vocabulary; give one")
     if not (args.vocabulary or args.high_quality):
         parser.error("give a --vocabulary, or --high-quality for the metadata alone")
     return label, args

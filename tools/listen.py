@@ -49,7 +49,7 @@ def page(args):
 
     data = {"sources": [str(folder) for folder in args.sources], "prompts": prompts,
             "clips": [[address(track) for track in clips] for clips in tracks]}
-    text = json.dumps(data).replace("</", "<\\/")  # no prompt ends the script
+    text = json.dumps(data).replace("<", "\\u003c")  # no prompt ends the script
     html = Path(__file__).with_suffix(".html").read_text("utf-8")
     with whole_file(args.out) as file:
         file.write(html.replace("= CLIPS", f"= {text}").encode())

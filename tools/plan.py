@@ -286,7 +286,7 @@ def parse_args(argv=None):
     add("--train", choices=tuple(n2m.MODELS), metavar="MODEL", help="a training step, not Table 4")
     add("--model-parallel", type=count, default=1, metavar="N",
         help="devices that share a matrix (default: 1)")
-    add("--num", type=count, default=4, metavar="N", help="clips (default: 4, as in Table 4)")
+    add("--num", type=count, metavar="N", help="clips (default: 4, as in Table 4)")
     add("--seconds", type=number(float, 0.01), help="of a clip (default: 30, or with --train what "
         "the model is trained on)")
     add("--batch-size", type=count, metavar="N", help="of --train (default: the paper's)")
@@ -296,8 +296,10 @@ def parse_args(argv=None):
     if args.here and args.train or args.tiny and not args.here:
         parser.error("--here measures a step of sampling, with --tiny of the small models; --train "
                      "is planned for a TPU that is not here")
-    if args.train and args.only or not args.train and (args.batch_size or args.accumulate):
-        parser.error("--batch-size and --accumulate are --train's, and --only is Table 4's")
+    if args.train and (args.only or args.num) or not args.train and (
+            args.batch_size or args.accumulate):
+        parser.error("--batch-size and --accumulate are --train's, --only and --num Table 4's")
+    args.num = args.num or 4
     return args
 
 

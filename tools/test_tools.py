@@ -62,6 +62,14 @@ def test_exported_averages_sample_and_begin_another_run(tmp_path, data, monkeypa
     err = exits(capfd, export.main, tmp_path / "runs", tmp_path / "runs")  # itself: no
     assert "a checkpoint that training goes on from" in err
     export.main([str(tmp_path / "runs"), str(demo)])  # a second time: yes
+    shutil.copytree(demo, tmp_path / "mixed")
+    for folder in ("runs", "mixed"):  # one model is exported there, another is being trained
+        leave_run(tmp_path / folder, small("waveform_cascader"))
+    mixed = tmp_path / "mixed"
+    kept = last(mixed).rename(last(mixed).with_stem("checkpoint-00000009"))
+    err = exits(capfd, export.main, tmp_path / "runs", mixed)
+    assert "a checkpoint that training goes on from" in err and last(mixed) == kept
+    shutil.rmtree(tmp_path / "runs" / "waveform_cascader")
     t5_encoder.save_t5(tmp_path / "other" / "t5", t5_encoder.random_t5(["another one"], 1))
     leave_run(tmp_path / "other", small("waveform_cascader"))
     err = exits(capfd, export.main, tmp_path / "other", demo)
@@ -123,7 +131,8 @@ def test_a_plan_counts_what_lies_on_a_chip_meanwhile(capsys):
 
 
 @pytest.mark.parametrize("argv", ["--here --accumulate 2", "--here --train {0}",
-                                  "v4:2x2x1 --batch-size 9", "v4:2x2x1 --train {0} --only {0}"])
+                                  "v4:2x2x1 --batch-size 9", "v4:2x2x1 --train {0} --only {0}",
+                                  "v4:2x2x1 --train {0} --num 4"])
 def test_options_of_a_plan_that_would_do_nothing_are_refused(argv, capfd):
     argv = argv.format("waveform_cascader").split()
     assert "--train" in exits(capfd, plan.main, *argv)
@@ -838,14 +847,16 @@ def test_a_page_to_listen_to_holds_all_of_it(toy, capfd):
     Path("out").mkdir()
     for n, hz in enumerate((400, 500)):
         write_tones(f"out/000{n}.wav", hz, rate=16_000), write_tones(f"music/{n}.wav", hz + 100)
-        Path(f"out/000{n}.json").write_text(json.dumps({"prompt": f"</script> {hz}"}))
+        Path(f"out/000{n}.json").write_text(json.dumps({"prompt": f"<!-- <script> {hz}"}))
     listen.main(["music", "out", "--excerpt", "2"])
     assert "listen.html: 2 prompts, 2 pairs" in capfd.readouterr().out
     html = Path("listen.html").read_text()
     assert html.count("</script>") == 1 and not re.search(r"https?:|src=|href=|@import|url\(", html)
-    page = json.loads(re.search(r"^const .* = ({.*})  //", html, re.M)[1])
+    data = re.search(r"^const .* = ({.*})  //", html, re.M)[1]
+    assert "<" not in data  # a browser would look for the end of another script
+    page = json.loads(data)
     assert page["sources"] == ["music", "out"]
-    assert page["prompts"] == ["</script> 400", "</script> 500"]
+    assert page["prompts"] == ["<!-- <script> 400", "<!-- <script> 500"]
     kind, flac = page["clips"][1][0].split(",")
     audio, rate = soundfile.read(io.BytesIO(base64.b64decode(flac)))
     assert kind == "data:audio/flac;base64" and rate == 16_000
@@ -960,7 +971,8 @@ REFUSALS = [(script, f"{start} {argv}", words) for script, start, rows in [
         "--text-embedder toy:two": "toy:two: made (2, 2) of 1 texts",
         "--text-embedder ok.npy": "--text-embedder is a function"}),
     ("label", "music", {"": "give a --vocabulary, or --high-quality",
-                        "--vocabulary long ok.txt": "--vocabulary needs an --audio-embedder"}),
+                        "--vocabulary long ok.txt": "--vocabulary needs an --audio-embedder",
+                        "--high-quality --audio-embedder toy:audio": "compare clips with a --voc"}),
     ("label", "vocabulary", {
         "": "vocabulary --help", "raters a b": "raters takes a file",
         "songs csv.csv": "SONGS.csv TEMPL",

@@ -69,23 +69,18 @@ def override(model: n2m.Model, bf16: bool, changes: dict) -> n2m.Model:
     return replace(model, unet=unet, inference=replace(model.inference, **changes))
 
 
-def per_stage(args, stages: list[str]) -> list[dict]:
-    """What the command line changes of each stage's inference."""
-    given = {field: values for field in OVERRIDES if (values := getattr(args, field))}
-    for field, values in given.items():
-        check(len(values) in (1, len(stages)), f"{OVERRIDES[field][0]} takes one value, or "
-              f"{len(stages)} between commas, not {len(values)}")
-    return [{field: values[i % len(values)] for field, values in given.items()}
-            for i in range(len(stages))]
-
-
 def load_weights(args, stages: list[str], mesh):
     """({name: (Model, params)}, text encoder, words, identity) for the stages of a route.
 
     `words` are all that the captions of the first model's data had, or None where they were many.
     `identity` tells these parameters and this encoder from any others."""
     weights, reads_text, identity = {}, {}, {}
-    for name, changes in zip(stages, per_stage(args, stages)):
+    given = {field: values for field in OVERRIDES if (values := getattr(args, field))}
+    for field, values in given.items():
+        check(len(values) in (1, len(stages)), f"{OVERRIDES[field][0]} takes one value, or "
+              f"{len(stages)} between commas, not {len(values)}")
+    for i, name in enumerate(stages):
+        changes = {field: values[i % len(values)] for field, values in given.items()}
         model, params, metadata = load_model(args.models, name, args.raw)
         identity[name] = f"{crc32(*jax.tree.leaves(params)):08x}"
         model = override(model, args.bf16, changes)
@@ -358,10 +353,9 @@ def run(args):
             print(f"{', '.join(map(str, clip_paths(job.out, args.num)))}: there already")
             continue
         print(f"[{i}/{len(jobs)}] {job.prompt}", file=sys.stderr)
-        if len(compiled | {job.seconds}) > LENGTHS:  # programs of other lengths fill the memory
+        if len(compiled := compiled | {job.seconds}) > LENGTHS:  # other programs fill the memory
             jax.clear_caches()
-            compiled.clear()
-        compiled.add(job.seconds)
+            compiled = {job.seconds}
         run_job(args, weights, text_encoder, identity, mesh, job)
 
 

@@ -293,6 +293,8 @@ def load_t5(folder):
         check(kind in (("t5", "relu"), ("t5", "gated-gelu")),
               f"no T5 v1.0, v1.1 or Flan, as model_type and feed_forward_proj are {kind!r:.99}")
         config = T5Config(**{k: v for k, v in entries.items() if k in T5Config.__annotations__})
+        check(all(type(getattr(config, name)) is int for name, kind in
+                  T5Config.__annotations__.items() if kind is int), "a size is not a whole number")
         check(0 < config.layer_norm_epsilon < 1, "layer_norm_epsilon is not between 0 and 1")
         exact = config.relative_attention_num_buckets // 4
         check(0 < exact < config.relative_attention_max_distance,

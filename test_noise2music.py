@@ -1220,7 +1220,8 @@ BROKEN = [  # (what the message says, what was done to the folder)
     ("no model.safetensors", lambda f: (f / "model.safetensors").unlink()),
     ("no shared.weight of floats", edit_config(vocab_size=1001)),
     ("no .*relative_attention_bias.weight", edit_config(num_heads=-4, d_kv=-16)),
-    ("no .*DenseReluDense.wi_0.weight", edit_config(d_ff=True)),
+    ("a size is not a whole number", edit_config(d_ff=True)),
+    ("a size is not a whole number", edit_config(num_heads=4.0)),
     ("no encoder.block.0.layer.1.DenseReluDense.wi.weight", edit_config(feed_forward_proj="relu")),
     ("no encoder.block.2.layer.0.layer_norm.weight", edit_config(num_layers=3)),
     ("more layers than the 1", edit_config(num_layers=1)),
@@ -1957,7 +1958,7 @@ def test_a_noise_schedule_and_a_sixth_model_are_entries_of_tables(tmp_path, data
     assert "no small variant of sixth" in exits(capfd, train.main, *argv, "--tiny")
     paper = replace(n2m.MODELS["waveform_generator"], name="sixth")  # its steps are Table 8's
     monkeypatch.setitem(n2m.MODELS, "sixth", paper)
-    lacks = "MODELS['sixth']: needs TABLE_8['sixth']['front_heavy']"
+    lacks = "MODELS['sixth']: needs STEP_SCHEDULES['front_heavy']"
     assert lacks in exits(capfd, train.main, *argv[:-1], tmp_path / "new")
 
 

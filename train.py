@@ -20,6 +20,7 @@ Where no T5 is named, OUT/t5 gets a random one. `sample.py --models OUT` reads t
 import argparse
 import contextlib
 import ctypes
+import errno
 import fcntl
 import itertools
 import json
@@ -301,7 +302,8 @@ def example_maker(clips: list[Clip], model: n2m.Model, seed: int, count_tokens=N
             clip = clips[rng.integers(len(clips)) if k else order(epoch)[i]]
             if (audio := audio_or_none(clip)) is not None:
                 break
-        check(audio is not None, f"{clip.track.path}: it and 99 other draws cannot be decoded")
+        if audio is None:  # an OSError, so that the run is saved
+            raise OSError(errno.EIO, "it and 99 others cannot be decoded", str(clip.track.path))
         # Sec. 4.1: "the entire 30-second representation" for the generators, "randomly sampled
         # snippets" for the rest. choice: silence where a file is shorter.
         start = rng.integers(max(len(audio) - samples, 0) + 1)
@@ -421,6 +423,8 @@ def join_processes(args):
             raise ValueError(f"{address}: {str(error).splitlines()[0]}") from None
         finally:
             timer.cancel()
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # which JAX has just taken
+        any_process(True)  # all are here now: on CPUs the first collective waits for just 30 s
     if jax.process_index():  # one process speaks; warnings come from each
         sys.stdout = open(os.devnull, "w", errors="replace")
 
@@ -508,7 +512,7 @@ def save_checkpoint(folder: Path, state: State, model: n2m.Model, metadata: dict
 
 
 def model_from_json(text: str) -> n2m.Model:
-    d = json.loads(text)
+    d = parse_json(text)
     tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
     parts = dict(unet=n2m.UNetConfig, training=n2m.TrainingConfig, inference=n2m.InferenceConfig)
     return n2m.Model(**d | {key: part(**tuples(d[key])) for key, part in parts.items()})
@@ -520,7 +524,7 @@ def check_entries(model: n2m.Model, where):
             ("SCHEDULES", n2m.SCHEDULES, model.training.noise_schedule),
             ("LOSS_WEIGHTS", n2m.LOSS_WEIGHTS, model.training.loss_weight),
             ("SAMPLERS", n2m.SAMPLERS, model.inference.sampler),
-            (f"TABLE_8[{model.name!r}]", n2m.step_schedules(model), model.inference.step_schedule)]:
+            ("STEP_SCHEDULES", n2m.step_schedules(model), model.inference.step_schedule)]:
         check(entry in entries, f"{where}: needs {table}[{entry!r}], which is not here; add it")
 
 
@@ -529,7 +533,7 @@ def load_checkpoint(path: Path, name: str, keep=lambda tensor: True):
     tensors, metadata = t5_encoder.read_safetensors(path, keep)
     try:
         model = model_from_json(metadata.pop("model"))
-        metadata = {key: json.loads(value) for key, value in metadata.items()}
+        metadata = {key: parse_json(value) for key, value in metadata.items()}
         check(metadata.keys() >= {"seed", "index", "t5", "t5_fingerprint"}, "incomplete")
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{path}: not a checkpoint of this project; move it away") from None
@@ -591,6 +595,7 @@ def new_run(args, folder: Path, captions: list[str]) -> Run:
         metadata["t5"] = metadata["t5"] or str(args.init.resolve().parent.parent / "t5")
     metadata |= {"seed": args.seed or 0, "index": 0, "parts": None}
     model = overridden(model, args)
+    mesh_and_parts(args, model.training.batch_size)  # or it is refused, before a T5 is made
     encoder, metadata = text_encoder(args, model, metadata, captions)
     if encoder:
         model = replace(model, unet=replace(model.unet, text_width=encoder.width))
@@ -711,6 +716,7 @@ def train(args, run: Run, folder: Path, clips: list[Clip], mesh, parts: int):
             saving = last or every(args.save_every)
             sampling = every(args.sample_every) or args.overfit and step == c.steps
             if saving or sampling or every(args.log_every):
+                jax.block_until_ready(pending)  # steps run behind their calls
                 report(pending, time.monotonic() - begin, c.steps, log)
                 pending = []
             if saving:
@@ -926,6 +932,8 @@ def parse_args(argv=None):
         parser.error("--init begins a run; leave it out to go on with --resume")
     if args.tiny and args.model not in n2m.TINY:
         parser.error(f"--tiny: there is no small variant of {args.model} (TINY)")
+    if args.processes == 1 and args.coordinator:
+        parser.error("--coordinator is of several --processes; say how many")
     if (args.process or 0) >= args.processes:
         parser.error(f"--process must be below --processes {args.processes}, not {args.process}")
     return args
@@ -1011,30 +1019,28 @@ def end(message: str, status: int = 2):
 
 def run_command(run: Callable, args):
     """Runs a script's command: what its user can mend becomes one line and exit status 2."""
-    on_signals(lambda n, _: fail(f"stopped by {signal.Signals(n).name}", 128 + n))
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        # A name that the terminal cannot show is no error.
-        stream.reconfigure(errors="backslashreplace")
+    on_signals(lambda n, _: end(f"stopped by {signal.Signals(n).name}", 128 + n))
+    for name in ("stdout", "stderr"):  # None where it is closed
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="backslashreplace")  # a name that it cannot show is no error
+        setattr(sys, name, stream)
     jax.config.update("jax_enable_x64", False)  # whatever the environment says
     keep_programs()
     try:
         run(args)
         print(end="", flush=True)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError, OSError) as error:
+        # XLA's begin with a status; from a program's second call on they are ValueErrors.
         first = f"{error}\n".splitlines()[0]
         if "initialize backend" in first:
             fail(f"JAX_PLATFORMS: {first}")
         if isinstance(error, MemoryError) or first.startswith("RESOURCE_EXHAUSTED"):
             end("out of memory; less is needed in bfloat16 (--bf16), of fewer or shorter clips at "
                 "once (--num, --seconds), and in training with --accumulate and --remat")
-        if not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
-            raise
-        end(f"process {jax.process_index()}: another process of this run has ended, so this one "
-            f"ends too; start all again with --resume ({first[:80]})", 1)
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:  # python -X dev shows where
+        if re.match("[A-Z_]+: ", first) and jax.distributed.is_initialized():
+            end(f"process {jax.process_index()}: another process of this run has ended, so this "
+                f"one ends too; start all again with --resume ({first[:80]})", 1)
+        if isinstance(error, RuntimeError) or sys.flags.dev_mode:  # python -X dev shows where
             raise
         if gone := isinstance(error, BrokenPipeError):  # Python is not to try again at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -246,10 +246,10 @@ def render(file: mido.MidiFile, soundfont: Path) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         mid, wav = Path(folder) / "a.mid", Path(folder) / "a.wav"
         file.save(mid)
-        run = subprocess.run(["fluidsynth", "-niq", "-g", "0.5", "-r", str(RATE), "-o",
-                        "synth.chorus.active=0", "-o", "synth.dynamic-sample-loading=1", "-F",
-                        str(wav), str(soundfont), str(mid)],
-                       capture_output=True, text=True)
+        run = subprocess.run(
+            ["fluidsynth", "-niq", "-g", "0.5", "-r", str(RATE), "-o", "synth.chorus.active=0",
+             "-o", "synth.dynamic-sample-loading=1", "-F", str(wav), str(soundfont), str(mid)],
+            capture_output=True, text=True, errors="replace")
         check(not run.returncode, f"fluidsynth: {run.stderr.strip()[-200:] or 'failed'}")
         audio = soundfile.read(wav, dtype="float32", always_2d=True)[0].mean(axis=1)
     audio = np.pad(audio[: SECONDS * RATE], (0, max(0, SECONDS * RATE - len(audio))))

@@ -609,8 +609,8 @@ def block(p, cfg: UNetConfig, x, time, text, text_mask, text_on):
 def downsample(p, x, stride):
     """App. B.1: convolution of stride S, (B, T, C_{I-1}) -> (B, T / S, C_I).
 
-    choice: a kernel of 2 S, with which all five of Table 2's counts agree to 2.2 %. Table 9's would
-    make the first two as printed, 724.0 and 487.1 M, but leave the next two 4 % off. numerics: S
+    choice: a kernel of 2 S: all five of Table 2's counts agree to 2.2 %. By Table 9's the waveform
+    models' are as printed, 724.0 and 487.1 M, but the spectrogram models' 4 % off. numerics: S
     frames are folded into the channels, then convolved with two taps. `upsample` does the reverse,
     and pads on the other side: so it undoes the shift in time."""
     *batch, t, c = x.shape
@@ -767,7 +767,7 @@ def log_mel(audio):
 # ---- Training inputs and their augmentation (Sec. 4.1) ----
 
 def noise_augment(key, x, t_max, schedule):
-    """Sec. 4.1: noise of "a random diffusion time" "within [0, t_max]". x (B, T, C).
+    """Sec. 4.1: noise; its "random diffusion time is chosen within [0, t_max]". x (B, T, C).
 
     choice: by the model's own schedule; the network is not told t: Fig. 1 has no entry for it."""
     key_t, key_eps = jax.random.split(key)
